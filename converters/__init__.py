@@ -1,0 +1,1 @@
+"""Model files in, model files out: the only package that touches checkpoints."""

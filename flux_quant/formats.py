@@ -1,0 +1,109 @@
+"""What a packed weight consists of: one table, one row per format.
+
+A format is the list of tensors that are stored for a weight, and the two functions between them and the weight. Sizes
+follow from the parts, so nothing is stored twice. F32, F16 and BF16 are rows too: no caller asks "is it quantized?".
+
+Blocks never cross rows. A fused `qkv` is therefore cut, and `to_q, to_k, to_v` joined, on the packed bytes.
+
+A new format is two functions in `codecs/` and a row here; the tests walk this table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from flux_quant.codecs import fp8, legacy, plain
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a weight: its name is the module's name, a dot, and `suffix`."""
+
+    suffix: str
+    dtype: torch.dtype
+    shape: Callable[[Shape], Shape]  # the weight's shape -> the stored shape
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """A way to store a weight of shape (..., K). `pack` takes any float dtype, `unpack` gives float32."""
+
+    name: str
+    block: int  # K must be a multiple of it
+    parts: tuple[Part, ...]
+    pack: Callable[[Tensor], tuple[Tensor, ...]]
+    unpack: Callable[..., Tensor]
+
+    def fits(self, shape: Shape) -> bool:
+        return self.block == 1 or (len(shape) >= 2 and shape[-1] % self.block == 0)
+
+    def nbytes(self, shape: Shape) -> int:
+        return sum(prod(part.shape(shape)) * part.dtype.itemsize for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the first part alone: a scale per tensor does not count."""
+        data = self.parts[0]
+        return prod(data.shape((self.block,))) * data.dtype.itemsize * 8 / self.block
+
+    @property
+    def is_plain(self) -> bool:
+        """Stored as ordinary floats that torch computes with."""
+        return self.parts[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def same_shape(shape: Shape) -> Shape:
+    return shape
+
+
+def scalar_shape(shape: Shape) -> Shape:
+    return ()
+
+
+def bytes_per_row(block: int, nbytes: int, shape: Shape) -> Shape:
+    return (*shape[:-1], shape[-1] // block * nbytes)
+
+
+def plain_format(name: str, dtype: torch.dtype) -> QuantFormat:
+    return QuantFormat(name, 1, (Part("weight", dtype, same_shape),), plain.pack_as(dtype), plain.unpack)
+
+
+def block_format(name: str, block: int, nbytes: int, pack: Callable, unpack: Callable) -> QuantFormat:
+    """A GGUF layout from its functions on blocks: (n, block) float32 <-> (n, nbytes) uint8."""
+
+    def pack_rows(weight: Tensor) -> tuple[Tensor]:
+        blocks = pack(weight.float().reshape(-1, block))
+        return (blocks.view(bytes_per_row(block, nbytes, weight.shape)),)
+
+    def unpack_rows(data: Tensor) -> Tensor:
+        values = unpack(data.reshape(-1, nbytes))
+        return values.view(*data.shape[:-1], data.shape[-1] // nbytes * block)
+
+    part = Part("weight", torch.uint8, partial(bytes_per_row, block, nbytes))
+    return QuantFormat(name, block, (part,), pack_rows, unpack_rows)
+
+
+FP8_DATA = Part("weight", torch.float8_e4m3fn, same_shape)
+FP8_SCALE = Part("weight_scale", torch.float32, scalar_shape)
+
+FORMATS: dict[str, QuantFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        plain_format("f32", torch.float32),
+        plain_format("f16", torch.float16),
+        plain_format("bf16", torch.bfloat16),
+        QuantFormat("fp8", 1, (FP8_DATA, FP8_SCALE), fp8.pack_scaled, fp8.unpack_scaled),
+        QuantFormat("fp8_plain", 1, (FP8_DATA,), fp8.pack_unscaled, plain.unpack),
+        block_format("q8_0", 32, 2 + 32, legacy.pack_q8_0, legacy.unpack_q8_0),
+        block_format("q5_1", 32, 2 + 2 + 4 + 16, legacy.pack_q5_1, legacy.unpack_q5_1),
+        block_format("q5_0", 32, 2 + 4 + 16, legacy.pack_q5_0, legacy.unpack_q5_0),
+        block_format("q4_1", 32, 2 + 2 + 16, legacy.pack_q4_1, legacy.unpack_q4_1),
+        block_format("q4_0", 32, 2 + 16, legacy.pack_q4_0, legacy.unpack_q4_0),
+    )
+}

@@ -1,0 +1,1 @@
+"""Dequantize and multiply: the only package that imports triton or numba."""
