@@ -1,3 +1,59 @@
+"""Packages are listed by hand: `kernels/`, `converters/` and `benchmarks/` lie at the top and are installed inside
+`flux_quant`. A top-level `kernels` would shadow the library of that name which diffusers and transformers look for.
+"""
+
+import re
+from pathlib import Path
+
 from setuptools import setup
-setup(name="flux_quant",version="0.1.0",packages=["flux_quant","flux_quant.kernels","flux_quant.converters","flux_quant.benchmarks","flux_quant.benchmarks.tiny_flux"],
- package_dir={"flux_quant.kernels":"kernels","flux_quant.converters":"converters","flux_quant.benchmarks":"benchmarks"})
+
+VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("flux_quant").joinpath("__init__.py").read_text())
+
+setup(
+    name="flux_quant",
+    version=VERSION[1],
+    description="Quantization and low-VRAM runtime toolkit for FLUX.1",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "flux_quant",
+        "flux_quant.codecs",
+        "flux_quant.frontends",
+        "flux_quant.kernels",
+        "flux_quant.converters",
+        "flux_quant.benchmarks",
+        "flux_quant.benchmarks.tiny_flux",
+    ],
+    package_dir={
+        "flux_quant.kernels": "kernels",
+        "flux_quant.converters": "converters",
+        "flux_quant.benchmarks": "benchmarks",
+    },
+    package_data={
+        "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "json", "txt", "model", "md")],
+        "flux_quant.benchmarks": ["results/*.json"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "gguf>=0.17",
+        "accelerate>=1.2",
+        "diffusers>=0.38",
+        "transformers>=5.0",
+        "sentencepiece>=0.2",
+        "numba>=0.61",
+        "Pillow>=10.3",
+        "rich>=13.7",
+        "typer>=0.15",
+    ],
+    extras_require={
+        # torch for CUDA brings its own triton on Linux and none on Windows; torch for CPU needs none, and 200 MB of it
+        # would be of no use there. Without triton everything runs on the torch path.
+        "triton": ["triton>=3.6; platform_system == 'Linux'", "triton-windows>=3.6; platform_system == 'Windows'"],
+        "train": ["fonttools>=4.50"],
+        "dev": ["pytest>=8", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["flux-quant = flux_quant.cli:main"]},
+)

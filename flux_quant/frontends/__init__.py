@@ -1,0 +1,1 @@
+"""Adapters: the engine and its kernels inside diffusers, transformers and ComfyUI."""
