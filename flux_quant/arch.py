@@ -223,7 +223,7 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 class Family:
     """What a set of tensor names and shapes is."""
 
-    name: str  # "FLUX.1", "T5 encoder", "CLIP-L", "VAE"
+    name: str  # "FLUX.1", "T5 encoder", "CLIP-L", "VAE", or a relative that is none of ours: "FLUX.2", "Chroma"
     variant: str  # "dev", "schnell", "Fill", ...; empty where there is only one
     naming: str  # "BFL", "diffusers", "Hugging Face", "llama.cpp"
 
@@ -233,27 +233,34 @@ def has(*patterns: str) -> Callable[[Mapping[str, Shape]], bool]:
     return lambda shapes: all(any(fnmatchcase(name, pattern) for name in shapes) for pattern in patterns)
 
 
+# The first row that matches. Relatives of FLUX.1 that are other architectures come first; FLUX.1 itself is told from
+# those not listed (Bria, LongCat, Ovis) by the embedding of CLIP's pooled vector, which they lack.
 SIGNATURES: tuple[tuple[Callable[[Mapping[str, Shape]], bool], str, str], ...] = (
-    (has("double_blocks.0.img_attn.norm.key_norm.*", "img_in.weight"), "FLUX.1", "BFL"),
-    (has("x_embedder.weight", "transformer_blocks.0.attn.add_q_proj.weight"), "FLUX.1", "diffusers"),
+    (has("double_stream_modulation_img.lin.weight"), "FLUX.2", "BFL"),
+    (has("double_stream_modulation_img.linear.weight"), "FLUX.2", "diffusers"),
+    (has("distilled_guidance_layer.norms.0.*", "double_blocks.0.*"), "Chroma", "BFL"),
+    (has("distilled_guidance_layer.norms.0.*", "transformer_blocks.0.*"), "Chroma", "diffusers"),
+    (has("double_blocks.0.img_attn.norm.key_norm.*", "img_in.weight", "vector_in.in_layer.weight"), "FLUX.1", "BFL"),
+    (
+        has(
+            "transformer_blocks.0.attn.add_q_proj.weight",
+            "x_embedder.weight",
+            "time_text_embed.text_embedder.linear_1.weight",
+        ),
+        "FLUX.1",
+        "diffusers",
+    ),
     (has("encoder.block.0.layer.1.DenseReluDense.wi_1.weight"), "T5 encoder", "Hugging Face"),
     (has("enc.blk.0.attn_q.weight", "token_embd.weight"), "T5 encoder", "llama.cpp"),
     (has("text_model.encoder.layers.0.self_attn.q_proj.weight"), "CLIP-L", "Hugging Face"),
     (has("decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"), "VAE", "BFL"),
     (has("decoder.up_blocks.0.resnets.0.conv1.weight", "encoder.conv_in.weight"), "VAE", "diffusers"),
 )
-EXCLUDED = {  # relatives that share names with FLUX.1 but are other architectures
-    "double_stream_modulation_img.lin.weight": "FLUX.2",
-    "distilled_guidance_layer.norms.0.*": "Chroma",
-}
 VARIANTS_BY_INPUT = {64: "dev", 128: "Depth or Canny", 384: "Fill"}  # columns of img_in.weight
 
 
 def identify(shapes: Mapping[str, Shape]) -> Family | None:
     """The family of a file's tensors (names without any prefix, unpacked shapes), or None."""
-    for name, family in EXCLUDED.items():
-        if has(name)(shapes):
-            return Family(family, "", "BFL")
     for matches, family, naming in SIGNATURES:
         if matches(shapes):
             return Family(family, flux_variant(shapes, naming) if family == "FLUX.1" else "", naming)

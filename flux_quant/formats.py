@@ -57,6 +57,14 @@ class QuantFormat:
         """Stored as ordinary floats that torch computes with."""
         return self.parts[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
 
+    def __reduce__(self) -> tuple[Callable[[str], "QuantFormat"], tuple[str]]:
+        """Copied and pickled by name: copies of a module share the row, and its functions need not be picklable."""
+        return format_named, (self.name,)
+
+
+def format_named(name: str) -> QuantFormat:
+    return FORMATS[name]
+
 
 def same_shape(shape: Shape) -> Shape:
     return shape
