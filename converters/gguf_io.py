@@ -26,7 +26,11 @@ SHAPE_KEY = "comfy.gguf.orig_shape."
 
 # Format name -> tensor type, and -> `general.file_type`, which counts differently.
 TYPES = {name: kind for kind in GGMLQuantizationType if (name := kind.name.lower()) in FORMATS}
-FILE_TYPES = {name: kind for kind in LlamaFileType if (name := kind.name.split("_", 1)[1].lower()) in TYPES}
+FILE_TYPES = {
+    name: kind
+    for kind in LlamaFileType
+    if (name := kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()) in TYPES
+}
 FORMAT_NAMES = {int(kind): kind.name.lower() for kind in GGMLQuantizationType}
 SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # (elements, bytes) of a block
 
