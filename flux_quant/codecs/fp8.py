@@ -16,7 +16,8 @@ def pack_scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.float()
     largest = weight.abs().amax()
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
+    scale = torch.where(largest > 0, (largest / LARGEST).clamp(min=smallest), torch.ones_like(largest))
     return cast(weight / scale), scale
 
 
