@@ -6,7 +6,7 @@ small model of the same architecture works everywhere. Names and layouts: black-
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -68,7 +68,12 @@ KEY_MAP: dict[str, tuple[str, ...]] = {
     },
 }
 SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
-BLOCK = re.compile(r"(?:double|single)_blocks\.\d+")
+BLOCK = re.compile(  # FLUX.1 in BFL and diffusers names, T5 in Hugging Face and llama.cpp names, CLIP-L
+    r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks"
+    r"|encoder\.block|enc\.blk|text_model\.encoder\.layers)\.\d+"
+)
+
+STAGES = {"double_blocks": 1, "single_blocks": 2, "final_layer": 3}  # everything else comes first
 
 # The ten linears outside the blocks: every converter keeps them precise.
 OUTSIDE_BLOCKS = tuple(f"{name}.*" for name in OUTER_MAP)
@@ -147,6 +152,24 @@ def block_of(name: str) -> str:
     return found.group() if found else "outside blocks"
 
 
+def running_order(name: str) -> tuple[int, int]:
+    """Sort key of BFL names: embedders, double blocks, single blocks, final layer, as a forward pass meets them."""
+    stage = STAGES.get(name.split(".")[0], 0)
+    return stage, int(name.split(".")[1]) if stage in (1, 2) else 0
+
+
+def missing_tensors(names: Collection[str], config: FluxConfig) -> list[str]:
+    """BFL names that a transformer of this configuration has and `names` has not."""
+    expected = []
+    for module in KEY_MAP:
+        if module.startswith("guidance_in.") and not config.guidance:
+            continue
+        kinds = ("scale",) if module.endswith("_norm") else ("weight", "bias")
+        blocks = {"double": config.double_blocks, "single": config.single_blocks}.get(module.split("_")[0], 1)
+        expected += [f"{module.format(i)}.{kind}" for i in range(blocks) for kind in kinds]
+    return [name for name in expected if name not in names]
+
+
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """FLUX.1 tensors in BFL names -> diffusers names: rows are cut, the final modulation's halves change places."""
     hidden = tensors["img_in.weight"].shape[0]
@@ -203,8 +226,10 @@ def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Arguments of diffusers' AutoencoderKL for VAE tensors in BFL names."""
     levels = count_blocks(tensors, "encoder.down.")
+    widths = tuple(tensors[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels))
     return dict(
-        block_out_channels=tuple(tensors[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)),
+        block_out_channels=widths,
+        norm_num_groups=widths[0] // 4,  # 32 in FLUX.1; no tensor tells, so smaller models keep 4 channels a group
         layers_per_block=count_blocks(tensors, "encoder.down.0.block."),
         latent_channels=tensors["decoder.conv_in.weight"].shape[1],
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -256,6 +281,13 @@ SIGNATURES: tuple[tuple[Callable[[Mapping[str, Shape]], bool], str, str], ...] =
     (has("decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"), "VAE", "BFL"),
     (has("decoder.up_blocks.0.resnets.0.conv1.weight", "encoder.conv_in.weight"), "VAE", "diffusers"),
 )
+PREFIXES = (  # of the components in an all-in-one file; "" is a file of one component
+    "",
+    "model.diffusion_model.",
+    "text_encoders.t5xxl.transformer.",
+    "text_encoders.clip_l.transformer.",
+    "vae.",
+)
 VARIANTS_BY_INPUT = {64: "dev", 128: "Depth or Canny", 384: "Fill"}  # columns of img_in.weight
 
 
@@ -265,6 +297,23 @@ def identify(shapes: Mapping[str, Shape]) -> Family | None:
         if matches(shapes):
             return Family(family, flux_variant(shapes, naming) if family == "FLUX.1" else "", naming)
     return None
+
+
+def identify_all(shapes: Mapping[str, Shape]) -> dict[str, Family]:
+    """Prefix -> family, for every component of a file; empty if none is known."""
+    found = {}
+    for prefix in PREFIXES:
+        names = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        if family := identify(names):
+            found[prefix] = family
+    return found
+
+
+def canonical_name(name: str, family: Family) -> str:
+    """The name as its first publisher wrote it: files saved by ComfyUI call FLUX.1's norm scales `weight`."""
+    if (family.name, family.naming) == ("FLUX.1", "BFL"):
+        return re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name)
+    return name
 
 
 def flux_variant(shapes: Mapping[str, Shape], naming: str) -> str:

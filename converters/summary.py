@@ -1,0 +1,86 @@
+"""What is in a model file, from its header alone."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_quant.arch import Family, block_of
+from flux_quant.converters.checkpoint import CONTAINERS, open_checkpoint
+from flux_quant.converters.component import components
+from flux_quant.errors import UserError
+
+
+@dataclass(frozen=True)
+class FormatUse:
+    """All tensors of one format. `bits` per weight include scales."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes / max(self.parameters, 1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    path: Path
+    families: dict[str, Family]  # by prefix; several in an all-in-one file, none if unknown
+    container: str
+    metadata: dict[str, str]
+    tensors: int
+    parameters: int
+    bytes: int  # of the whole file
+    formats: dict[str, FormatUse]  # most bytes first
+    blocks: dict[str, int]  # bytes of each block, in file order
+
+    @property
+    def family(self) -> str:
+        names = [f"{family.name} {family.variant}".strip() for family in self.families.values()]
+        return " + ".join(names) or "unknown"
+
+    @property
+    def naming(self) -> str:
+        return " + ".join(dict.fromkeys(family.naming for family in self.families.values())) or "unknown"
+
+
+def summarize(path: Path) -> Summary:
+    with open_checkpoint(path) as reader:
+        infos = [*reader.tensors.values(), *reader.foreign.values()]
+        found = {component.prefix: component.family for component in components(reader)}
+        blocks, parameters = Counter(), Counter()
+        tensors, sizes = Counter(info.format for info in infos), Counter()
+        for info in infos:
+            prefix = next((prefix for prefix in found if prefix and info.name.startswith(prefix)), "")
+            blocks[prefix + block_of(info.name.removeprefix(prefix))] += reader.nbytes(info.name)
+            parameters[info.format] += info.numel
+            sizes[info.format] += reader.nbytes(info.name)
+        return Summary(
+            path=path,
+            families=found,
+            container=reader.container,
+            metadata={key: shorten(value) for key, value in reader.metadata.items()},
+            tensors=len(infos),
+            parameters=parameters.total(),
+            bytes=path.stat().st_size,
+            formats={name: FormatUse(tensors[name], parameters[name], size) for name, size in sizes.most_common()},
+            blocks=dict(blocks),
+        )
+
+
+def shorten(value: object) -> str:
+    """Tokenizers and thumbnails are metadata too."""
+    if isinstance(value, list):
+        return f"{len(value):,} entries"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def find_checkpoints(folder: Path) -> Iterator[Path]:
+    """Model files below a folder, also nested, in the order of their names. UserError if there is none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in CONTAINERS and path.is_file())
+    if not found:
+        raise UserError(f"{folder} holds no {' or '.join(CONTAINERS)} file")
+    yield from found
