@@ -6,6 +6,8 @@ Torch before 2.12 turns values above 464 into NaN where later versions saturate,
 import torch
 from torch import Tensor
 
+from flux_quant.codecs.legacy import divide
+
 LARGEST = 448.0
 
 
@@ -17,7 +19,7 @@ def pack_scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     largest = weight.abs().amax()
     smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
-    scale = torch.where(largest > 0, (largest / LARGEST).clamp(min=smallest), torch.ones_like(largest))
+    scale = torch.where(largest > 0, divide(largest, LARGEST).clamp(min=smallest), torch.ones_like(largest))
     return cast(weight / scale), scale
 
 

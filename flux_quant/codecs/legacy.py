@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pack_q8_0(blocks: Tensor) -> Tensor:
-    d = blocks.abs().amax(dim=1, keepdim=True) / 127
+    d = divide(blocks.abs().amax(dim=1, keepdim=True), 127)
     scaled = blocks * inverse(d)
     codes = scaled.sign() * (scaled.abs() + 0.5).floor()  # roundf: half away from zero
     return torch.cat([as_bytes(d), codes.to(torch.int8).view(torch.uint8)], dim=1)
@@ -34,7 +34,7 @@ def unpack_q4_0(data: Tensor) -> Tensor:
 
 def pack_q4_1(blocks: Tensor) -> Tensor:
     low = blocks.amin(dim=1, keepdim=True)
-    d = (blocks.amax(dim=1, keepdim=True) - low) / 15
+    d = divide(blocks.amax(dim=1, keepdim=True) - low, 15)
     codes = ((blocks - low) * inverse(d) + 0.5).to(torch.uint8).clamp(max=15)
     return torch.cat([as_bytes(d), as_bytes(low), pack_nibbles(codes)], dim=1)
 
@@ -57,7 +57,7 @@ def unpack_q5_0(data: Tensor) -> Tensor:
 
 def pack_q5_1(blocks: Tensor) -> Tensor:
     low = blocks.amin(dim=1, keepdim=True)
-    d = (blocks.amax(dim=1, keepdim=True) - low) / 31
+    d = divide(blocks.amax(dim=1, keepdim=True) - low, 31)
     codes = ((blocks - low) * inverse(d) + 0.5).to(torch.uint8)
     return torch.cat([as_bytes(d), as_bytes(low), pack_fifth_bits(codes), pack_nibbles(codes & 15)], dim=1)
 
@@ -70,6 +70,11 @@ def unpack_q5_1(data: Tensor) -> Tensor:
 def signed_largest(blocks: Tensor) -> Tensor:
     """(n, 32) -> (n, 1): the value of largest magnitude with its sign, the first one on a tie."""
     return blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+
+
+def divide(values: Tensor, divisor: float) -> Tensor:
+    """Rounded correctly on every device: by a Python number, CUDA would multiply by the rounded reciprocal."""
+    return values / values.new_full((), divisor)
 
 
 def inverse(d: Tensor) -> Tensor:
