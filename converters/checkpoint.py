@@ -14,11 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from flux_quant.converters import gguf_io, safetensors_io
-from flux_quant.converters.container import Contents, Layout, MappedFile, TensorInfo
+from flux_quant.converters.container import Contents, Layout, MappedFile, TensorInfo, as_bytes
 from flux_quant.converters.output import OutputFile
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
@@ -133,7 +132,7 @@ class CheckpointWriter:
         for place, part in zip(self.layout.places[name], parts, strict=True):
             if (part.dtype, tuple(part.shape)) != (place.dtype, place.shape):
                 raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} in a place for {place.dtype} {place.shape}")
-            self.output.write(place.offset, part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self.output.write(place.offset, as_bytes(part.cpu()).numpy().data)
 
     def flush(self) -> None:
         """All weights are written: from now on `temporary` can be opened as a checkpoint."""

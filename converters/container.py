@@ -78,6 +78,11 @@ class Layout:
     constants: tuple[tuple[int, bytes], ...] = ()  # (offset, content)
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Any tensor -> its bytes in memory order, (nbytes,) uint8."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 class MappedFile:
     """A file as read-only memory. Tensors are views of it; it is unmapped when the last of them is gone."""
 

@@ -1,0 +1,170 @@
+"""What the verbs print: tables on stdout that stay readable at 80 columns and in a pipe, progress on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import groupby
+from math import isinf
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flux_quant.arch import block_of
+from flux_quant.converters.convert import Plan, Result, Row, Usage
+from flux_quant.converters.quantize import Deviation
+from flux_quant.converters.summary import Summary
+
+WIDTH = 100  # where no terminal tells its own
+
+
+def stdout() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """Plain columns; all but the first `left` hold numbers."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="left" if i < left else "right", overflow="fold" if i < left else "ellipsis")
+    return out
+
+
+def size(nbytes: int) -> str:
+    """1234567 -> 1.23 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def as_json(summary: Summary) -> dict[str, object]:
+    fields = asdict(summary) | {"path": str(summary.path), "family": summary.family, "naming": summary.naming}
+    fields["components"] = [{"prefix": prefix, **family} for prefix, family in fields.pop("families").items()]
+    return fields
+
+
+def print_summary(summary: Summary, machine_readable: bool) -> None:
+    if machine_readable:
+        print(json.dumps(as_json(summary), indent=2))
+        return
+    console = stdout()
+    console.print(f"{summary.path}", soft_wrap=True)
+    console.print(f"  {summary.family}, {summary.naming} names, {summary.container}")
+    counts = f"{summary.tensors:,} tensors, {summary.parameters:,} parameters"
+    console.print(f"  {counts}, {size(summary.bytes)} ({summary.bytes:,} bytes)")
+    for key, value in summary.metadata.items():
+        console.print(f"  {key}: {value}")
+    formats = table("format", "tensors", "parameters", "bytes", "bits/weight")
+    for name, use in summary.formats.items():
+        formats.add_row(name, f"{use.tensors:,}", f"{use.parameters:,}", size(use.bytes), f"{use.bits:.2f}")
+    blocks = table("blocks", "each", "in all")
+    for label, sizes in alike(summary.blocks):
+        spread = size(sizes[0]) if len(set(sizes)) == 1 else f"{size(min(sizes))} to {size(max(sizes))}"
+        blocks.add_row(label, spread, size(sum(sizes)))
+    for out in (formats, blocks):
+        console.print()
+        console.print(out)
+
+
+def alike(blocks: dict[str, int]) -> list[tuple[str, list[int]]]:
+    """Blocks of one kind together: `19 x double_blocks` and their sizes."""
+    kinds: dict[str, list[int]] = {}
+    for name, nbytes in blocks.items():
+        kind, _, number = name.rpartition(".")
+        kinds.setdefault(kind if number.isdigit() else name, []).append(nbytes)
+    return [(f"{len(sizes)} x {kind}" if len(sizes) > 1 else kind, sizes) for kind, sizes in kinds.items()]
+
+
+def print_summaries(folder: Path, summaries: list[Summary], machine_readable: bool) -> None:
+    if machine_readable:
+        print(json.dumps([as_json(summary) for summary in summaries], indent=2))
+        return
+    out = table("file", "model", "names", "formats", "parameters", "bytes", left=4)
+    for summary in summaries:
+        formats = " ".join(summary.formats)
+        name = str(summary.path.relative_to(folder))
+        out.add_row(name, summary.family, summary.naming, formats, f"{summary.parameters:,}", size(summary.bytes))
+    stdout().print(out)
+
+
+def print_plan(plan: Plan) -> None:
+    """Tensors that get the same treatment are one line each, numbers of blocks taken together."""
+    console = stdout()
+    console.print(f"{plan.source} -> {plan.target}", soft_wrap=True)
+    out = table("tensors", "count", "shape", "from", "to", "bytes")
+    for label, rows in together(plan.rows):
+        first = rows[0]
+        shape = " x ".join(map(str, first.target.shape))
+        nbytes = sum(row.target.nbytes for row in rows)
+        out.add_row(label, str(len(rows)), shape, first.source.format, first.target.format, size(nbytes))
+    console.print(out)
+    for reason, rows in reasons(plan.rows):
+        names = ", ".join(row.target.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        console.print(f"{len(rows)} of another format than asked for ({names}): {reason}", soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"{len(plan.rows)} tensors, {size(plan.nbytes)} ({plan.nbytes:,} bytes of data); nothing was written")
+
+
+def together(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    def key(row: Row) -> tuple:
+        block = block_of(row.target.name)
+        name = row.target.name.replace(block, block.split(".")[0] + ".*", 1)
+        return name, row.target.shape, row.source.format, row.target.format
+
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return ((name, group) for (name, *_), group in groups.items())
+
+
+def reasons(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    exceptions = sorted((row for row in rows if row.reason), key=lambda row: row.reason)
+    return [(reason, list(group)) for reason, group in groupby(exceptions, key=lambda row: row.reason)]
+
+
+def print_result(result: Result) -> None:
+    console = stdout()
+    out = table("format", "tensors", "parameters", "bytes", "bits/weight", "SNR dB", "relative error")
+    for name, usage in result.formats.items():
+        out.add_row(name, *usage_cells(usage))
+    out.add_row("all", *usage_cells(result.total))
+    console.print(out)
+    share = result.file_bytes / result.source_bytes
+    console.print(
+        f"{result.path}: {size(result.file_bytes)}, {share:.1%} of the source's {size(result.source_bytes)}; verified",
+        soft_wrap=True,
+    )
+
+
+def usage_cells(usage: Usage) -> list[str]:
+    counts = [f"{usage.tensors:,}", f"{usage.parameters:,}", size(usage.bytes), f"{usage.bits:.2f}"]
+    return counts + deviation_cells(usage.deviation)
+
+
+def deviation_cells(deviation: Deviation) -> list[str]:
+    return ["exact", "0"] if isinf(deviation.snr) else [f"{deviation.snr:.1f}", f"{deviation.relative:.2e}"]
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, one line per phase; nothing where stderr is no terminal."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield report

@@ -1,0 +1,95 @@
+"""Small models of the real architectures, made from the key map's shapes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux_quant.arch import BLOCK, KEY_MAP
+
+HIDDEN, HEAD, MLP, PATCH, CONTEXT, POOLED, TIME = 256, 128, 1024, 64, 96, 64, 256
+WEIGHTS = {  # shape of a weight by the end of its BFL module name
+    "img_in": (HIDDEN, PATCH),
+    "txt_in": (HIDDEN, CONTEXT),
+    "time_in.in_layer": (HIDDEN, TIME),
+    "vector_in.in_layer": (HIDDEN, POOLED),
+    "guidance_in.in_layer": (HIDDEN, TIME),
+    "out_layer": (HIDDEN, HIDDEN),
+    "_mod.lin": (6 * HIDDEN, HIDDEN),
+    "modulation.lin": (3 * HIDDEN, HIDDEN),
+    "qkv": (3 * HIDDEN, HIDDEN),
+    "proj": (HIDDEN, HIDDEN),
+    "mlp.0": (MLP, HIDDEN),
+    "mlp.2": (HIDDEN, MLP),
+    "linear1": (3 * HIDDEN + MLP, HIDDEN),
+    "linear2": (HIDDEN, HIDDEN + MLP),
+    "final_layer.linear": (PATCH, HIDDEN),
+    "adaLN_modulation.1": (2 * HIDDEN, HIDDEN),
+}
+
+
+def flux_shapes(double: int = 2, single: int = 3) -> dict[str, tuple[int, ...]]:
+    """BFL names and shapes of a small FLUX.1 [dev]."""
+    shapes = {}
+    for module in KEY_MAP:
+        count = {"double_blocks": double, "single_blocks": single}.get(module.split(".")[0], 1)
+        for i in range(count):
+            name = module.format(i)
+            if name.endswith("_norm"):
+                shapes[f"{name}.scale"] = (HEAD,)
+            else:
+                weight = next(shape for end, shape in WEIGHTS.items() if name.endswith(end))
+                shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+    return shapes
+
+
+def random_flux(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of the size that training gives: activations neither vanish nor explode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(name: str, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.randn(shape, generator=generator)
+        return (1 + noise / 10 if name.endswith("scale") else noise / shape[-1] ** 0.5).to(dtype)
+
+    return {name: values(name, shape) for name, shape in flux_shapes().items()}
+
+
+def in_file_order(tensors: dict[str, Tensor]) -> list[str]:
+    """Blocks first, then the rest: not the order in which they run, as in files of the wild."""
+    return sorted(tensors, key=lambda name: (not BLOCK.match(name), name))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux() -> dict[str, Tensor]:
+    """A FLUX.1 [dev] of 2 double and 3 single blocks, hidden size 256, BF16, BFL names."""
+    return random_flux()
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_file(tiny_flux: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a safetensors file. Read it, never write it."""
+    path = tmp_path_factory.mktemp("model") / "flux1-tiny.safetensors"
+    save_file(tiny_flux, path, {"format": "pt", "modelspec.title": "tiny"})
+    return path
+
+
+@pytest.fixture
+def start():
+    """Start Python in a process of its own, with one thread, its output as text; it is gone after the test."""
+    started = []
+
+    def start(*arguments: str, **options: object) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
