@@ -24,6 +24,7 @@ SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1's latent constants, which loaders of its
 CONFIG = dict(
     block_out_channels=(32, 32, 64, 96),
     layers_per_block=1,
+    norm_num_groups=8,  # of 4 channels, as in FLUX.1's first level; of 1 channel they would lose flat colours
     latent_channels=16,
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="stage 1 goes on from what --out holds")
     parser.add_argument("--decoder-only", action="store_true", help="stage 2: continue the decoder of --out")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=8)
@@ -86,7 +88,10 @@ def main() -> None:
     world = EmojiWorld()
     test = batch(world, np.random.default_rng(12345), 256)
 
-    vae = AutoencoderKL.from_pretrained(args.out) if args.decoder_only else AutoencoderKL(**CONFIG)
+    continued = args.resume or args.decoder_only
+    vae = AutoencoderKL(**CONFIG)
+    if continued:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(args.out).state_dict())
     trained = list((vae.decoder if args.decoder_only else vae).parameters())
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     ema = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))

@@ -1,0 +1,195 @@
+"""How good is the bundled model? Generates with the files as they ship and the pipeline as users run it.
+
+    python -m flux_quant.benchmarks.tiny_flux.evaluate            # about ten minutes on two cores
+
+Prints the figures and writes them with a contact sheet to benchmarks/results. An accuracy is the share of pictures
+whose nearest neighbour (pixels, over all emoji with the attributes the caption asks for) is the right emoji.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux_quant.benchmarks.sheet import contact_sheet
+from flux_quant.benchmarks.tiny_flux.emoji import COLOUR_NAMES, POSITIONS, EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.judge import Request as Asked
+from flux_quant.benchmarks.tiny_flux.judge import nearest
+from flux_quant.benchmarks.tiny_flux.train_vae import batch as random_pictures
+from flux_quant.benchmarks.tiny_flux.train_vae import psnr as reconstruction_psnr
+from flux_quant.components import BUNDLED, Components, find_components
+from flux_quant.loading import load_flux, load_vae
+from flux_quant.pipeline import Request, decode, denoise_batch, encode, to_images
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A caption and what it asks for."""
+
+    scene: Scene
+    asked: Asked
+    caption: str
+
+
+class Generator:
+    """The bundled model, loaded once."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self.flux, self.vae = load_flux(components.transformer), load_vae(components.vae)
+
+    def __call__(self, captions: Sequence[str], steps: int, guidance: float, seed: int) -> Tensor:
+        """(n, 3, 96, 96) in 0-1. Picture i starts from the noise of seed + i."""
+        requests = [
+            Request(caption, steps=steps, guidance=guidance, seed=seed + i, size=(96, 96))
+            for i, caption in enumerate(captions)
+        ]
+        pictures = []
+        for start in range(0, len(requests), BATCH):
+            chunk = requests[start : start + BATCH]
+            features = encode(self.components, chunk, guided=True)
+            pictures.append(decode(self.vae, denoise_batch(self.flux, features, chunk)))
+        return torch.cat(pictures)
+
+
+def case(world: EmojiWorld, scene: Scene, size: bool = True, position: bool = True, colour: bool = True) -> Case:
+    asked = Asked(
+        scene.size if size else None,
+        scene.position if position and scene.size == "small" else None,
+        scene.colour if colour else None,
+    )
+    return Case(scene, asked, world.caption(scene, size, position, colour))
+
+
+def named_cases(world: EmojiWorld, rng: np.random.Generator, per_place: int) -> list[Case]:
+    """Everything named, combinations that occur in training: five sizes and places times eight colours."""
+    cases = []
+    for size, position in [("large", POSITIONS[0]), *(("small", p) for p in POSITIONS)]:
+        for colour in COLOUR_NAMES:
+            scenes = (Scene(int(e), size, position, colour, False, 0) for e in rng.permutation(len(world)))
+            allowed = [scene for scene in scenes if not world.held_out(scene)][:per_place]
+            cases += [case(world, scene) for scene in allowed]
+    return cases
+
+
+def held_out_cases(world: EmojiWorld, rng: np.random.Generator, per_value: int) -> list[Case]:
+    """A colour, or a place, never shown with this emoji."""
+    cases = []
+    for colour in COLOUR_NAMES[1:]:
+        emoji = [e for e in rng.permutation(len(world)).tolist() if world.held_out_colour(e) == colour][:per_value]
+        cases += [case(world, Scene(e, "large", POSITIONS[0], colour, False, 0)) for e in emoji]
+    for position in POSITIONS[1:]:
+        emoji = [e for e in rng.permutation(len(world)).tolist() if world.held_out_position(e) == position][:per_value]
+        cases += [case(world, Scene(e, "small", position, "white", False, 0)) for e in emoji]
+    return cases
+
+
+def open_cases(world: EmojiWorld, rng: np.random.Generator, count: int) -> list[Case]:
+    """Nothing but the emoji named: size, place and background are the seed's."""
+    emoji = rng.choice(len(world), count, replace=False).tolist()
+    scenes = (Scene(e, "large", POSITIONS[0], "white", False, 0) for e in emoji)
+    return [case(world, scene, False, False, False) for scene in scenes]
+
+
+def score(world: EmojiWorld, cases: Sequence[Case], pictures: Tensor) -> dict[str, float]:
+    """Accuracy, and mean PSNR in dB to the nearest picture the caption allows."""
+    right, psnr = 0, []
+    for asked in {case.asked for case in cases}:
+        rows = [i for i, case in enumerate(cases) if case.asked == asked]
+        verdict = nearest(world, pictures[rows], asked)
+        wanted = torch.tensor([cases[i].scene.emoji for i in rows])
+        right += int((verdict.emoji == wanted).sum())
+        psnr += verdict.psnr.tolist()
+    return dict(pictures=len(cases), accuracy=right / len(cases), psnr_to_nearest=float(np.mean(psnr)))
+
+
+def mean_psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures of the PSNR in dB between two sets, peak 1.0."""
+    mse = (a - b).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return float((-10 * mse.log10()).mean())
+
+
+def evaluate(world: EmojiWorld, generator: Generator, guidance: float, scale: int) -> dict[str, object]:
+    """`scale` 1 is quick, 5 the committed run."""
+    rng = np.random.default_rng(2026)
+    figures: dict[str, object] = dict(emoji=len(world), guidance=guidance, activations="float32", weights="bf16")
+    test = random_pictures(world, np.random.default_rng(777), 100 * scale)
+    figures["vae_psnr"] = reconstruction_psnr(generator.vae, test)
+
+    def run(name: str, cases: Sequence[Case], steps: int = 20) -> Tensor:
+        pictures = generator([case.caption for case in cases], steps, guidance, seed=1000)
+        figures[name] = score(world, cases, pictures)
+        print(name, figures[name], flush=True)
+        return pictures
+
+    named = named_cases(world, rng, 2 * scale)
+    base = run("trained_captions", named)
+    run("held_out_combinations", held_out_cases(world, rng, 4 * scale))
+    run("emoji_named_only", open_cases(world, rng, 12 * scale))
+    few = named[:: max(1, len(named) // (24 * scale))]
+    same = base[:: max(1, len(named) // (24 * scale))]
+    captions = [case.caption for case in few]
+    figures["steps"] = {"20": score(world, few, same)}
+    for steps in (1, 4, 8):
+        pictures = generator(captions, steps, guidance, seed=1000)
+        figures["steps"][str(steps)] = score(world, few, pictures)
+    reference = generator(captions, 20, guidance, seed=5000)
+    figures["psnr_between_seeds"] = mean_psnr(reference, generator(captions, 20, guidance, seed=9000))
+    low, high = (generator(captions, 20, g, seed=5000) for g in (1.0, 6.0))
+    figures["psnr_between_guidance_1_and_6"] = mean_psnr(low, high)
+    figures["psnr_between_4_and_20_steps"] = mean_psnr(reference, generator(captions, 4, guidance, seed=5000))
+    figures["guidance"] = {
+        "default": guidance,
+        "1": score(world, few, low),
+        str(guidance): score(world, few, reference),
+        "6": score(world, few, high),
+    }
+    return figures
+
+
+def sheet(world: EmojiWorld, generator: Generator, guidance: float) -> "object":
+    """Rows: captions of every kind. Columns: four seeds, then 4 steps, guidance 1 and 6 with the first seed."""
+    rng = np.random.default_rng(11)
+    cases = [
+        *named_cases(world, rng, 1)[5::9],
+        *held_out_cases(world, rng, 1)[2::3],
+        *open_cases(world, rng, 4),
+    ]
+    captions = [case.caption + ("  (never shown)" if world.held_out(case.scene) else "") for case in cases]
+    prompts = [case.caption for case in cases]
+    settings = [(20, guidance, s) for s in (0, 100, 200, 300)] + [(4, guidance, 0), (20, 1.0, 0), (20, 6.0, 0)]
+    pictures = [to_images(generator(prompts, *setting)) for setting in settings]
+    columns = ["seed A", "seed B", "seed C", "seed D", "seed A\n4 steps", "seed A\nguidance 1", "seed A\nguidance 6"]
+    rows = [(caption, [column[i] for column in pictures]) for i, caption in enumerate(captions)]
+    return contact_sheet(rows, columns, cell=96)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--scale", type=int, default=5, help="pictures per kind, in units of about 200 in all")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    world, generator = EmojiWorld(), Generator(find_components(args.model))
+    figures = evaluate(world, generator, args.guidance, args.scale)
+    figures["versions"] = dict(torch=torch.__version__, python=platform.python_version())
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "tiny_flux.json").write_text(json.dumps(figures, indent=2) + "\n")
+    sheet(world, generator, args.guidance).save(args.out / "tiny_flux.png")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Put the trained parts together as a model folder in ComfyUI's layout, in BF16.
+
+    python -m flux_quant.benchmarks.tiny_flux.export --vae build/tiny/vae --flux build/tiny/flux --out flux_quant/tiny_flux
+"""
+
+import argparse
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux_quant import arch
+
+ORIGIN = {
+    "modelspec.title": "flux1-tiny",
+    "modelspec.architecture": "Flux.1-dev",
+    "modelspec.resolution": "96x96",
+    "modelspec.license": "Apache-2.0; trained on images of Noto Color Emoji (OFL-1.1)",
+    "modelspec.description": "FLUX.1 [dev] architecture at width 256, 2 double and 5 single blocks, trained on emoji",
+}
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def vae_from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `arch.vae_to_diffusers`."""
+    levels = arch.count_blocks(state, "decoder.up_blocks.")
+    rules = (
+        (r"\.conv_norm_out\.", ".norm_out."),
+        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+        (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+        (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+        (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+        (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
+        (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    )
+    out = {}
+    for name, tensor in state.items():
+        if re.search(r"attentions\.0\.to_.*weight", name):
+            tensor = tensor[:, :, None, None]
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        name = re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
+        out[name] = tensor
+    return out
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, path, {"format": "pt", **metadata})
+    print(f"{path}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, "
+          f"{path.stat().st_size:,} bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--flux", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    saved = torch.load(args.flux / "checkpoint.pt", weights_only=True)
+    state = saved["average"]
+    steps = {"flux_quant.training_steps": str(saved["step"])}
+    flux = part(state, "flux.")
+    write(args.out / "diffusion_models/flux1-tiny.safetensors", flux, torch.bfloat16, ORIGIN | steps)
+    t5 = {name: tensor for name, tensor in part(state, "t5.").items() if name != "encoder.embed_tokens.weight"}
+    write(args.out / "text_encoders/t5.safetensors", t5, torch.bfloat16, {})
+    clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
+    write(args.out / "text_encoders/clip_l.safetensors", clip, torch.bfloat16, {})
+    vae = vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
+    write(args.out / "vae/ae.safetensors", vae, torch.bfloat16, {})
+    shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Train the transformer and both text encoders of the tiny model on latents of its autoencoder.
+
+Rectified flow: x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0. In the last part of the time guidance is
+distilled into the guidance input, as FLUX.1 [dev]'s was: for a scale g the target grows by (g - 1) times the difference
+between the averaged model's predictions with and without the caption (at g = 1), so the model learns in one evaluation
+what classifier-free guidance needs two for, and goes on learning from the data meanwhile.
+
+    python -m flux_quant.benchmarks.tiny_flux.train --vae build/tiny/vae --out build/tiny/flux --minutes 90
+
+Stops cleanly at any time and resumes from its last checkpoint (one every ten minutes).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT, FluxConfig
+from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
+from flux_quant.benchmarks.tiny_flux.tokenizers import (
+    CLIP_LENGTH,
+    CLIP_VOCABULARY,
+    T5_LENGTH,
+    T5_VOCABULARY,
+    corpus,
+    train_clip,
+    train_t5,
+)
+from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
+from flux_quant.sampling import denoise
+
+GRID = (6, 6)  # 2 x 2 latent patches of a 96-pixel picture
+WIDTH = 128  # of both text encoders
+CONFIG = FluxConfig(
+    in_channels=64,
+    out_channels=64,
+    hidden=256,
+    head_dim=64,
+    mlp=1024,
+    context=WIDTH,
+    pooled=WIDTH,
+    double_blocks=2,
+    single_blocks=5,
+    guidance=True,
+)
+T5_CONFIG = T5Config(
+    vocab_size=T5_VOCABULARY,
+    d_model=WIDTH,
+    d_kv=32,
+    num_heads=4,
+    d_ff=256,
+    num_layers=2,
+    feed_forward_proj="gated-gelu",
+    dropout_rate=0.0,
+    pad_token_id=0,
+    eos_token_id=1,
+    use_cache=False,
+)
+CLIP_CONFIG = CLIPTextConfig(
+    vocab_size=CLIP_VOCABULARY,
+    hidden_size=WIDTH,
+    intermediate_size=2 * WIDTH,
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    max_position_embeddings=CLIP_LENGTH,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
+GUIDANCE = (1.0, 6.0)
+
+
+class Bundle(nn.Module):
+    """Everything that is trained here: captions and noisy latents in, velocity out."""
+
+    def __init__(self, tokenizers: Path) -> None:
+        super().__init__()
+        self.flux = Flux(CONFIG)
+        self.t5 = T5EncoderModel(T5_CONFIG)
+        self.clip = CLIPTextModel(CLIP_CONFIG)
+        self.tokenizers = T5Tokenizer.from_pretrained(tokenizers / "t5"), CLIPTokenizer.from_pretrained(
+            tokenizers / "clip"
+        )
+        zero_outputs(self.flux)
+
+    def __deepcopy__(self, memo: dict) -> "Bundle":
+        raise TypeError("tokenizers do not copy; make a second Bundle and load the state")
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids for T5 (B, 24) and, padded to the longest only (its pooled output does not see padding), CLIP."""
+        t5, clip = self.tokenizers
+        padded = t5(captions, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt")
+        return padded.input_ids, clip(captions, padding=True, truncation=True, return_tensors="pt").input_ids
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """T5 features (B, 24, 128) and the CLIP vector (B, 128)."""
+        t5_ids, clip_ids = self.tokens(captions)
+        return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], t: Tensor, guidance: Tensor) -> Tensor:
+        return self.flux(x, *text, t, image_ids(*GRID), text_ids(T5_LENGTH), guidance)
+
+
+def zero_outputs(flux: Flux) -> None:
+    """Start every block as the identity and the output at zero."""
+    for name, module in flux.named_modules():
+        if name.endswith(("mod.lin", "modulation.lin", "adaLN_modulation.1")) or name == "final_layer.linear":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def make_pool(world: EmojiWorld, vae: AutoencoderKL, count: int, seed: int) -> tuple[list[Scene], Tensor]:
+    """`count` random scenes and their packed, normalised latents (count, 36, 64) float16."""
+    rng = np.random.default_rng(seed)
+    scenes, latents = [world.sample(rng) for _ in range(count)], []
+    for start in range(0, count, 64):
+        pictures = np.stack([world.render(scene) for scene in scenes[start : start + 64]])
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
+        z = (vae.encode(x).latent_dist.mode() - LATENT_SHIFT) * LATENT_SCALE
+        latents.append(pack_latents(z).half())
+    return scenes, torch.cat(latents)
+
+
+class Trainer:
+    """One training run: its state is what a checkpoint holds."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.world = EmojiWorld()
+        self.vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
+        tokenizers = args.out / "tokenizers"
+        if not (tokenizers / "clip/vocab.json").exists():
+            captions = corpus(self.world)
+            train_t5(captions, tokenizers / "t5")
+            train_clip(captions, tokenizers / "clip")
+        self.scenes, self.latents = self.pool()
+        torch.manual_seed(args.seed)
+        self.bundle, self.average = Bundle(tokenizers), Bundle(tokenizers).requires_grad_(False)
+        self.average.load_state_dict(self.bundle.state_dict())
+        self.optimizer = torch.optim.AdamW(self.bundle.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        for bundle in (self.bundle, self.average) if args.compile else ():
+            bundle.flux.compile(dynamic=False)
+        self.minutes, self.step = 0.0, 0
+        self.rng = np.random.default_rng(args.seed)
+        if (args.out / "checkpoint.pt").exists():
+            self.resume()
+
+    def pool(self) -> tuple[list[Scene], Tensor]:
+        path = self.args.out / "pool.pt"
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            return [Scene(*row) for row in saved["scenes"]], saved["latents"]
+        scenes, latents = make_pool(self.world, self.vae, self.args.pool, self.args.seed)
+        rows = [(s.emoji, s.size, s.position, s.colour, s.mirrored, s.tilt) for s in scenes]
+        torch.save({"scenes": rows, "latents": latents}, path)
+        return scenes, latents
+
+    def resume(self) -> None:
+        saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True)
+        self.bundle.load_state_dict(saved["bundle"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.minutes, self.step = saved["minutes"], saved["step"]
+        self.rng = np.random.default_rng([self.args.seed, self.step])
+        torch.manual_seed(self.args.seed + self.step)
+
+    def save(self) -> None:
+        state = dict(bundle=self.bundle.state_dict(), average=self.average.state_dict())
+        state |= dict(optimizer=self.optimizer.state_dict(), minutes=self.minutes, step=self.step)
+        torch.save(state, self.args.out / "checkpoint.tmp")
+        (self.args.out / "checkpoint.tmp").replace(self.args.out / "checkpoint.pt")
+
+    def learning_rate(self) -> float:
+        """Warm-up over 200 steps, constant to 40 % of the time, then a straight line to 2 %."""
+        done = min(1.0, self.minutes / self.args.minutes)
+        return self.args.lr * min(1.0, (self.step + 1) / 200) * (1 - 0.98 * max(0.0, (done - 0.4) / 0.6))
+
+    def train_step(self) -> Tensor:
+        n = self.args.batch
+        chosen = self.rng.integers(len(self.scenes), size=n)
+        captions = [self.world.random_caption(self.scenes[i], self.rng) for i in chosen]
+        captions = ["" if self.rng.random() < 0.1 else caption for caption in captions]
+        x0 = self.latents[torch.from_numpy(chosen)].float()
+        noise = torch.randn_like(x0)
+        t = shifted_uniform(n)
+        x = torch.lerp(x0, noise, t[:, None, None])
+        target = noise - x0
+        guidance = torch.empty(n).uniform_(*GUIDANCE)
+        if self.minutes >= self.args.distill_from * self.args.minutes:
+            half = n // 2
+            guidance[half:] = 1.0
+            target[:half] += self.guided_difference(x[:half], captions[:half], t[:half], guidance[:half])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = (self.bundle(x, self.bundle.encode(captions), t, guidance) - target).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.bundle.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            decay = min(self.args.ema, (self.step + 1) / (self.step + 10))
+            own, averaged = list(self.bundle.parameters()), list(self.average.parameters())
+            torch._foreach_lerp_(averaged, own, 1 - decay)
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def guided_difference(self, x: Tensor, captions: list[str], t: Tensor, guidance: Tensor) -> Tensor:
+        """(g - 1) (v(caption) - v(no caption)), by the averaged model at guidance 1."""
+        empty = [part.expand(len(x), *part.shape[1:]) for part in self.average.encode([""])]
+        text = [torch.cat(pair) for pair in zip(self.average.encode(captions), empty, strict=True)]
+        v = self.average(torch.cat([x, x]), text, torch.cat([t, t]), torch.ones(2 * len(x)))
+        with_caption, without = v.chunk(2)
+        return (guidance - 1)[:, None, None] * (with_caption - without)
+
+    @torch.no_grad()
+    def quick_check(self, count: int = 60) -> dict[str, float]:
+        """Top-1 accuracy and PSNR to the nearest allowed picture, for captions that name everything."""
+        rng = np.random.default_rng(7)
+        right, psnr = 0, []
+        for request in (Request("large", None, "white"), Request("small", "on the left", "blue")):
+            position = request.position or "in the centre"
+            chosen = rng.choice(len(self.world), count // 2, replace=False)
+            scenes = [Scene(int(e), request.size, position, request.colour, False, 0) for e in chosen]
+            text = self.average.encode([self.world.caption(scene) for scene in scenes])
+            noise = torch.randn(len(scenes), 36, 64, generator=torch.Generator().manual_seed(7))
+            z = unpack_latents(denoise(self.average.flux, noise, *text, GRID, 20, 2.5), *GRID)
+            pictures = self.vae.decode(z / LATENT_SCALE + LATENT_SHIFT).sample.clamp(-1, 1) / 2 + 0.5
+            verdict = nearest(self.world, pictures, request)
+            right += (verdict.emoji == torch.from_numpy(chosen)).sum().item()
+            psnr += verdict.psnr.tolist()
+        return dict(top1=right / (2 * (count // 2)), psnr=float(np.mean(psnr)))
+
+    def run(self) -> None:
+        log = (self.args.out / "log.jsonl").open("a")
+        losses, last, next_report = [], time.monotonic(), self.minutes + 2
+        next_check = self.minutes + 10
+        while self.minutes < self.args.minutes:
+            losses.append(self.train_step())
+            now = time.monotonic()
+            self.minutes, last = self.minutes + (now - last) / 60, now
+            if self.minutes >= next_report:
+                row = dict(minutes=round(self.minutes, 1), step=self.step, loss=torch.stack(losses).mean().item())
+                losses, next_report = [], self.minutes + 2
+                if self.minutes >= next_check:
+                    row |= self.quick_check()
+                    next_check = self.minutes + 10
+                    self.save()
+                    last = time.monotonic()  # checks and saving do not count as training time
+                print(row, flush=True)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+        self.save()
+
+
+def shifted_uniform(n: int, mu: float = 0.8) -> Tensor:
+    """n times in 0-1, more of them near 1: FLUX.1's time shift of a uniform variable."""
+    odds = np.exp(mu)
+    u = torch.rand(n).clamp(1e-4, 1 - 1e-4)
+    return odds / (odds + 1 / u - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90, help="training time in all, resumed runs included")
+    parser.add_argument("--distill-from", type=float, default=0.5, help="share of the time after which it begins")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--pool", type=int, default=60000, help="pictures, encoded once")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, about a quarter faster; needs gcc")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    Trainer(args).run()
+
+
+if __name__ == "__main__":
+    main()

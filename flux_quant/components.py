@@ -1,0 +1,104 @@
+"""Which files make a picture: the transformer, two text encoders, the VAE, the tokenizers; found beside each other.
+
+A model folder is laid out as ComfyUI's: `diffusion_models` (or `unet`), `text_encoders` (or `clip`), `vae`, and beside
+them `tokenizers` with the folders `t5` and `clip`. Files are told apart by their tensors, never by their names.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_quant.arch import Family, identify
+from flux_quant.converters.checkpoint import open_checkpoint
+from flux_quant.errors import UserError
+from flux_quant.loading import shapes_of
+
+FOLDERS = {  # component -> folders of a ComfyUI models directory, newest name first
+    "transformer": ("diffusion_models", "unet", "transformer"),
+    "t5": ("text_encoders", "clip", "text_encoder_2"),
+    "clip": ("text_encoders", "clip", "text_encoder"),
+    "vae": ("vae",),
+}
+FAMILIES = {"transformer": "FLUX.1", "t5": "T5 encoder", "clip": "CLIP-L", "vae": "VAE"}
+SUFFIXES = (".safetensors", ".gguf")
+BUNDLED = Path(__file__).parent / "tiny_flux"  # the trained model that ships with the package
+
+
+@dataclass(frozen=True)
+class Components:
+    """The files of one complete model."""
+
+    transformer: Path
+    t5: Path
+    clip: Path
+    vae: Path
+    tokenizers: Path
+
+
+def family_of(path: Path) -> Family | None:
+    with open_checkpoint(path) as reader:
+        return identify(shapes_of(reader))
+
+
+def find_components(
+    model: Path,
+    t5: Path | None = None,
+    clip: Path | None = None,
+    vae: Path | None = None,
+    tokenizers: Path | None = None,
+) -> Components:
+    """Everything beside `model`, a transformer file or a models directory, that is not given.
+
+    UserError that names what is missing, where it was looked for, and the option to give it.
+    """
+    if not model.exists():
+        raise UserError(f"{model}: no such file or directory")
+    roots = [model] if model.is_dir() else [model.parent, model.parent.parent]
+    return Components(
+        transformer=model if model.is_file() else choose("transformer", roots, "a FILE as --model"),
+        t5=t5 or choose("t5", roots, "--t5"),
+        clip=clip or choose("clip", roots, "--clip"),
+        vae=vae or choose("vae", roots, "--vae"),
+        tokenizers=tokenizers or find_tokenizers(roots),
+    )
+
+
+def choose(component: str, roots: list[Path], option: str) -> Path:
+    """The one file of this kind in the component's folders below the roots."""
+    family = FAMILIES[component]
+    found = [path for path in candidates(component, roots) if matches(path, family)]
+    if len(found) == 1:
+        return found[0]
+    places = ", ".join(str(root / name) for root in roots for name in FOLDERS[component])
+    if not found:
+        raise UserError(f"no {family} file found in {', '.join(map(str, roots))} or {places}; give it with {option}")
+    raise UserError(f"{len(found)} {family} files ({', '.join(path.name for path in found)}); choose with {option}")
+
+
+def candidates(component: str, roots: list[Path]) -> Iterator[Path]:
+    """Model files in the roots and in the component's folders, each once."""
+    folders = dict.fromkeys(folder for root in roots for folder in (root, *(root / n for n in FOLDERS[component])))
+    for folder in folders:
+        if folder.is_dir():
+            yield from sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def matches(path: Path, family: str) -> bool:
+    """Whether the file is of this family. Damaged neighbours are not our business here."""
+    try:
+        found = family_of(path)
+    except UserError:
+        return False
+    return found is not None and found.name == family
+
+
+def find_tokenizers(roots: list[Path]) -> Path:
+    """A folder that holds `t5` and `clip` (or diffusers' `tokenizer_2` and `tokenizer`)."""
+    for root in roots:
+        for folder in (root / "tokenizers", root):
+            if any((folder / name).is_dir() for name in ("tokenizer_2", "t5")):
+                return folder
+    raise UserError(
+        f"no tokenizers in {' or '.join(str(root / 'tokenizers') for root in roots)}; give with --tokenizers a folder "
+        "that holds tokenizer and tokenizer_2 of the FLUX.1 repository (under 4 MB, no weights)"
+    )

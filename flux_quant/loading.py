@@ -1,0 +1,168 @@
+"""A checkpoint becomes a module: the engine, the text encoders, the VAE.
+
+Modules are built on the meta device and their linears replaced by `QuantLinear` around the stored parts, as views of
+the mapped file: nothing is unpacked or copied that a forward pass can unpack itself. Everything else (norms,
+embeddings, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flux_quant import arch
+from flux_quant.converters.checkpoint import CheckpointReader, load, open_checkpoint
+from flux_quant.errors import UserError
+from flux_quant.formats import FORMATS
+from flux_quant.linear import QuantLinear
+from flux_quant.model import Flux
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, T5EncoderModel
+
+
+def shapes_of(reader: CheckpointReader) -> dict[str, arch.Shape]:
+    return {name: info.shape for name, info in reader.tensors.items()}
+
+
+def expect(reader: CheckpointReader, family: str, naming: str) -> None:
+    """UserError unless the file is of this family, in these names."""
+    found = arch.identify(shapes_of(reader))
+    if found is None:
+        raise UserError(f"{reader.path}: not a {family} checkpoint (unknown tensor names)")
+    if (found.name, found.naming) != (family, naming):
+        raise UserError(f"{reader.path} is a {found.name} in {found.naming} names; needed: {family} in {naming} names")
+
+
+def load_flux(path: str | Path) -> Flux:
+    """The engine over the file's weights, on the CPU, in evaluation mode."""
+    reader = open_checkpoint(path)
+    expect(reader, "FLUX.1", "BFL")
+    with torch.device("meta"):
+        model = Flux(arch.FluxConfig.from_shapes(shapes_of(reader)))
+    bind(model, reader)
+    return model.eval()
+
+
+def load_t5(path: str | Path) -> "T5EncoderModel":
+    """A T5 v1.1 encoder from Hugging Face names; activations and norms stay in float32 (T5 overflows in float16)."""
+    from transformers import T5Config, T5EncoderModel
+
+    reader = open_checkpoint(path)
+    expect(reader, "T5 encoder", "Hugging Face")
+    shapes = shapes_of(reader)
+    block = "encoder.block.0.layer.{}."
+    buckets, heads = shapes[block.format(0) + "SelfAttention.relative_attention_bias.weight"]
+    vocabulary, width = shapes["shared.weight"]
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=shapes[block.format(0) + "SelfAttention.q.weight"][0] // heads,
+        d_ff=shapes[block.format(1) + "DenseReluDense.wi_0.weight"][0],
+        num_layers=arch.count_blocks(shapes, "encoder.block."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    model.encoder.embed_tokens = model.shared
+    bind(model, reader, unused=("encoder.embed_tokens.weight", "decoder.", "lm_head."))
+    for block in model.encoder.block:
+        feed_forward = block.layer[1].DenseReluDense
+        feed_forward.wo = Opaque(feed_forward.wo)
+    return model.eval()
+
+
+class Opaque(nn.Module):
+    """A linear that hides its weight: transformers casts T5's hidden states to the dtype of `wo.weight`, bytes too."""
+
+    weight = None
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
+    """CLIP-L's text tower, float32. `end_of_text` is the tokenizer's id of the token whose state is pooled."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    reader = open_checkpoint(path)
+    expect(reader, "CLIP-L", "Hugging Face")
+    shapes = shapes_of(reader)
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=arch.count_blocks(shapes, "text_model.encoder.layers."),
+        num_attention_heads=width // 64,
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+        eos_token_id=end_of_text,
+    )
+    model = CLIPTextModel(config)
+    prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
+    state = {name.removeprefix(prefix): load(reader, name) for name in shapes if name.startswith("text_model.")}
+    state.pop("embeddings.position_ids", None)
+    fill(model, state, reader.path)
+    return model.eval()
+
+
+def load_vae(path: str | Path) -> "AutoencoderKL":
+    """diffusers' AutoencoderKL from BFL names, float32."""
+    from diffusers import AutoencoderKL
+
+    reader = open_checkpoint(path)
+    expect(reader, "VAE", "BFL")
+    tensors = {name: load(reader, name) for name in reader.tensors}
+    model = AutoencoderKL(**arch.vae_config(tensors))
+    fill(model, arch.vae_to_diffusers(tensors), reader.path)
+    return model.eval()
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a complete state; UserError with the first name that is missing or has another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    report_difference(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+
+
+def bind(model: nn.Module, reader: CheckpointReader, unused: Iterable[str] = ()) -> None:
+    """Give a model on the meta device its weights: linears as stored, the rest in float32.
+
+    Names in the file must be the model's, no more and no less, except those that begin with one of `unused`.
+    """
+    found = {name: shape for name, shape in shapes_of(reader).items() if not name.startswith(tuple(unused))}
+    report_difference({name: tuple(p.shape) for name, p in model.named_parameters()}, found, reader.path)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            weight, bias = f"{path}.weight", f"{path}.bias"
+            fmt = FORMATS[reader.tensors[weight].format]
+            packed = QuantLinear.from_parts(fmt, reader.read(weight), load(reader, bias) if bias in found else None)
+            model.set_submodule(path, packed)
+            continue
+        for name, _ in list(module.named_parameters(recurse=False)):
+            value = load(reader, f"{path}.{name}" if path else name)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def report_difference(expected: Mapping[str, arch.Shape], found: Mapping[str, arch.Shape], path: Path) -> None:
+    """UserError for the first difference between the tensors a model needs and those a file has."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} {list(shape)} is missing")
+        if tuple(found[name]) != shape:
+            raise UserError(f"{path}: tensor {name} is {list(found[name])}, the model needs {list(shape)}")
+    for name in found:
+        if name not in expected:
+            raise UserError(f"{path}: tensor {name} has no place in the model")

@@ -1,0 +1,256 @@
+"""The FLUX.1 transformer in BFL names: our engine.
+
+Text and image tokens pass through double blocks (own weights, joint attention) and then, concatenated, through single
+blocks. Every block is steered by a vector made of timestep, guidance and pooled text: its modulation gives shift,
+scale and gate. Matches black-forest-labs/flux `model.py` and diffusers' `FluxTransformer2DModel`.
+
+Letters: B batch, S image tokens, T text tokens, L = T + S, D hidden width, H heads, C channels of a head.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux_quant.arch import FluxConfig
+
+TIME_CHANNELS = 256
+EPS = 1e-6
+
+
+class Modulation(NamedTuple):
+    """What a block does to a normalised stream: (1 + scale) * x + shift before, gate * y after; each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def timestep_embedding(t: Tensor) -> Tensor:
+    """t (B,) in 0-1 -> (B, 256) float32: cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1e-4."""
+    half = TIME_CHANNELS // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rotary_angles(ids: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """ids (L, 3) positions -> cos, sin (L, C / 2) float32; each axis turns its own share of the channel pairs."""
+    angles = []
+    for axis, channels in enumerate(axes):
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device) / channels
+        angles.append(ids[:, axis, None].double() * 10000.0**-exponent)
+    joined = torch.cat(angles, dim=1)
+    return joined.cos().float(), joined.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channels of x (B, H, L, C) by the angles (L, C / 2), in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q, k, v (B, H, L, C) -> (B, L, D)."""
+    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    return y.transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, mod: Modulation) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + mod.scale) + mod.shift
+
+
+class Embedder(nn.Module):
+    """linear, SiLU, linear."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(inputs, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS)
+        return normed.to(x.dtype) * self.scale.to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(channels)
+        self.key_norm = RMSNorm(channels)
+
+
+class ModulationLinear(nn.Module):
+    """vec (B, D) -> `sets` modulations: rows of the linear are shift, scale, gate of each set in turn."""
+
+    def __init__(self, hidden: int, sets: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden, 3 * sets * hidden)
+
+    def forward(self, vec: Tensor) -> list[Modulation]:
+        rows = self.lin(F.silu(vec))[:, None].chunk(self.lin.out_features // vec.shape[-1], dim=-1)
+        return [Modulation(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+
+
+class StreamAttention(nn.Module):
+    """The projections of one stream (text or image) around the joint attention of a double block."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = nn.Linear(config.hidden, config.hidden)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k, v (B, H, L, C), q and k normalised."""
+        q, k, v = split_heads(self.qkv(x), self.head_dim)
+        return self.norm.query_norm(q), self.norm.key_norm(k), v
+
+
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 D), rows q | k | v, each head by head -> three of (B, H, L, C)."""
+    return qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        for stream in ("img", "txt"):
+            mlp = nn.Sequential(
+                nn.Linear(config.hidden, config.mlp), nn.GELU("tanh"), nn.Linear(config.mlp, config.hidden)
+            )
+            self.add_module(f"{stream}_mod", ModulationLinear(config.hidden, sets=2))
+            self.add_module(f"{stream}_attn", StreamAttention(config))
+            self.add_module(f"{stream}_mlp", mlp)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, S, D), txt (B, T, D), vec (B, D) -> img, txt."""
+        img_mod, img_mod2 = self.img_mod(vec)
+        txt_mod, txt_mod2 = self.txt_mod(vec)
+        img_qkv = self.img_attn.project(modulate(img, img_mod))
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_mod))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_y, img_y = attend(q, k, v, cos, sin).split([txt.shape[1], img.shape[1]], dim=1)
+        img = img + img_mod.gate * self.img_attn.proj(img_y)
+        img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2))
+        txt = txt + txt_mod.gate * self.txt_attn.proj(txt_y)
+        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(txt, txt_mod2))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.widths = [3 * config.hidden, config.mlp]
+        self.modulation = ModulationLinear(config.hidden, sets=1)
+        self.linear1 = nn.Linear(config.hidden, sum(self.widths))  # rows q | k | v | mlp
+        self.linear2 = nn.Linear(config.hidden + config.mlp, config.hidden)  # columns attention | mlp
+        self.norm = QKNorm(config.head_dim)
+
+    def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D), vec (B, D) -> (B, L, D)."""
+        (mod,) = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.head_dim)
+        y = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, cos, sin)
+        return x + mod.gate * self.linear2(torch.cat([y, F.gelu(mlp, approximate="tanh")], dim=-1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden, config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
+
+
+class Flux(nn.Module):
+    """The transformer. Build it on the meta device to load weights into it: see `flux_quant.loading`."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, config.hidden)
+        self.txt_in = nn.Linear(config.context, config.hidden)
+        self.time_in = Embedder(TIME_CHANNELS, config.hidden)
+        self.vector_in = Embedder(config.pooled, config.hidden)
+        self.guidance_in = Embedder(TIME_CHANNELS, config.hidden) if config.guidance else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(config)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        pooled: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity, (B, S, channels out).
+
+        img (B, S, channels in) packed latents; txt (B, T, context) T5 features; pooled (B, pooled) CLIP vector;
+        timestep (B,) from 1 (noise) to 0; ids (S, 3) and (T, 3) positions; guidance (B,) scale, for guided models.
+        """
+        vec = self.steering(pooled, timestep, guidance, img.dtype)
+        cos, sin = rotary_angles(torch.cat([txt_ids, img_ids]), self.config.rope_axes)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, cos, sin)
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec, cos, sin)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def steering(self, pooled: Tensor, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(B, D): the vector that all modulations are made from."""
+        vec = self.time_in(timestep_embedding(timestep).to(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model is guidance-distilled and needs a guidance scale, for example 3.5")
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+        return vec + self.vector_in(pooled.to(dtype))
+
+
+def image_ids(rows: int, columns: int, device: torch.device | str = "cpu") -> Tensor:
+    """(rows * columns, 3) float32: (0, row, column) of each 2 x 2 latent patch."""
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)[None]
+    return ids.flatten(0, 1)
+
+
+def text_ids(tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """(tokens, 3) zeros: text has no place in the image."""
+    return torch.zeros(tokens, 3, device=device)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h / 2 * w / 2, 4 C): 2 x 2 patches become tokens, channel by channel."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, rows * columns, 4 C) -> (B, C, 2 rows, 2 columns)."""
+    b, _, c = tokens.shape
+    patches = tokens.view(b, rows, columns, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(b, c // 4, 2 * rows, 2 * columns)
