@@ -64,6 +64,15 @@ def in_file_order(tensors: dict[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (not BLOCK.match(name), name))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped without a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def tiny_flux() -> dict[str, Tensor]:
     """A FLUX.1 [dev] of 2 double and 3 single blocks, hidden size 256, BF16, BFL names."""

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -170,6 +169,7 @@ def test_cuda_equals_cpu(fmt, weight):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_gguf_package_agrees(name, weight):
     """Same bytes as its quantizer (a port of ggml's reference), same values as its dequantizer."""
+    gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[name.upper()]
     (data,) = FORMATS[name].pack(weight)
     expected = gguf.quants.quantize(weight.numpy(), kind)
@@ -182,6 +182,7 @@ def test_gguf_package_agrees(name, weight):
 
 @pytest.mark.parametrize("name", GGML)
 def test_gguf_package_reads_any_bytes_alike(name):
+    gguf = pytest.importorskip("gguf")
     fmt = FORMATS[name]
     shape = fmt.parts[0].shape((64, 8 * fmt.block))
     data = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
