@@ -122,9 +122,10 @@ class Cursor:
 def place_of(mapped: MappedFile, name: str, shape: Shape, kind: int, offset: int) -> Place:
     if kind not in SIZES:
         raise UserError(f"{mapped.path}: {name} has the unknown type {kind}; the file is damaged or too new")
-    block, nbytes = SIZES[kind]
-    if shape and shape[-1] % block:
-        raise UserError(f"{mapped.path}: {shape[-1]} columns of {name} are no multiple of {block}; the file is damaged")
+    block, _ = SIZES[kind]
+    columns = shape[-1] if shape else 1
+    if columns % block:
+        raise UserError(f"{mapped.path}: {columns} columns of {name} are no multiple of {block}; the file is damaged")
     place = stored(shape, kind, offset)
     if place.end > mapped.size:
         raise UserError(f"{mapped.path} is truncated: {name} ends at byte {place.end:,}, the file has {mapped.size:,}")
