@@ -43,6 +43,7 @@ setup(
         "diffusers>=0.38",
         "transformers>=5.0",
         "sentencepiece>=0.2",
+        "protobuf>=4.25",  # transformers reads spiece.model with it
         "numba>=0.61",
         "Pillow>=10.3",
         "rich>=13.7",

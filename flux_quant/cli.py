@@ -29,6 +29,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="its
 FormatName = Annotated[str, typer.Option("--format", "-f", help="q8_0 q5_1 q5_0 q4_1 q4_0 f16 bf16 fp8")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
+Component = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: found beside the model]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="processor threads [default: all cores]")]
 
 
@@ -68,13 +69,10 @@ def convert(
     threads: Threads = None,
 ) -> None:
     """Convert a FLUX.1 transformer to GGUF or FP8, one tensor in memory at a time."""
-    import torch
-
     from flux_quant import console
     from flux_quant.converters.convert import make_plan, run
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     plan = make_plan(source, output, format_name, force)
     if dry_run:
         console.print_plan(plan)
@@ -84,6 +82,75 @@ def convert(
     with console.progress() as report:
         result = run(plan, report)
     console.print_result(result)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="transformer file, or a folder of model files")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="what CLIP, and T5 without --prompt-t5, read")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="where the picture goes")],
+    prompt_t5: Annotated[str | None, typer.Option("--prompt-t5", help="another prompt for T5")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 20,
+    guidance: Annotated[float, typer.Option(help="scale of the distilled guidance")] = 3.5,
+    seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="pixels [default: what the model was made for]")
+    ] = None,
+    t5: Component = None,
+    clip: Component = None,
+    vae: Component = None,
+    tokenizers: Annotated[Path | None, typer.Option(help="folder with both tokenizers")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="replace PNG if it exists")] = False,
+    threads: Threads = None,
+) -> None:
+    """Make a picture. Text encoders, VAE and tokenizers are looked for beside the model."""
+    from flux_quant import console
+    from flux_quant.components import find_components, picture_size
+    from flux_quant.converters.output import check_target
+    from flux_quant.pipeline import Request, choose_device, save_png
+    from flux_quant.pipeline import generate as make
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output}: pictures are written as .png")
+    check_target(output, force)
+    use_threads(threads)
+    place, dtype = choose_device(device)
+    components = find_components(model, t5, clip, vae, tokenizers)
+    pixels = picture_size(size, components.transformer)
+    request = Request(prompt, prompt_t5, steps, guidance, seed, pixels)
+    with console.steps_progress() as progress:
+        result = make(components, request, place, dtype, progress)
+    save_png(result.image, output, result.settings)
+    console.print_generation(output, result)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where everything is written")] = Path(
+        "demo"
+    ),
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="model folder [default: the bundled model]")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Convert the bundled model to FP8, Q8_0, Q5_0 and Q4_0, draw the same pictures with each, compare them."""
+    from flux_quant import console
+    from flux_quant.benchmarks.demo import report, run_demo
+    from flux_quant.components import BUNDLED, find_components
+
+    use_threads(threads)
+    columns = run_demo(find_components(model or BUNDLED), output, console.say)
+    print(report(columns))
+    print(f"written: {output / 'contact-sheet.png'}, {output / 'report.md'}, {output / 'models'}")
+
+
+def use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def main(arguments: list[str] | None = None) -> int:

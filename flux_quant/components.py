@@ -4,6 +4,7 @@ A model folder is laid out as ComfyUI's: `diffusion_models` (or `unet`), `text_e
 them `tokenizers` with the folders `t5` and `clip`. Files are told apart by their tensors, never by their names.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,17 @@ def matches(path: Path, family: str) -> bool:
     except UserError:
         return False
     return found is not None and found.name == family
+
+
+def picture_size(text: str | None, transformer: Path) -> tuple[int, int]:
+    """Width and height from "768x512" or "512"; without it what the file's metadata recommend, else 1024 x 1024."""
+    if text is None:
+        with open_checkpoint(transformer) as reader:
+            text = str(reader.metadata.get("modelspec.resolution", "1024x1024"))
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if not found:
+        raise UserError(f"size {text}: write it as WIDTHxHEIGHT, for example 1024x768")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def find_tokenizers(roots: list[Path]) -> Path:

@@ -8,16 +8,29 @@ from dataclasses import asdict
 from itertools import groupby
 from math import isinf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from flux_quant.arch import block_of
 from flux_quant.converters.convert import Plan, Result, Row, Usage
 from flux_quant.converters.quantize import Deviation
 from flux_quant.converters.summary import Summary
+
+if TYPE_CHECKING:
+    from flux_quant.pipeline import Result as Generation
 
 WIDTH = 100  # where no terminal tells its own
 
@@ -168,3 +181,30 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[phase], completed=done)
 
         yield report
+
+
+@contextmanager
+def steps_progress() -> Iterator[Callable[[Iterable[int]], Iterable[int]]]:
+    """A bar over denoising steps with seconds per step, on stderr; nothing where stderr is no terminal."""
+    columns = (TextColumn("denoising"), BarColumn(), TextColumn("{task.completed}/{task.total}"), SecondsPerStep())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        yield bar.track
+
+
+class SecondsPerStep(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.elapsed / task.completed:.2f} s/it" if task.completed and task.elapsed else "")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_generation(path: Path, result: "Generation") -> None:
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
+    each = result.seconds["denoise"] / result.settings["steps"]
+    memory = f"peak RAM {size(result.peak_ram)}"
+    if result.peak_vram:
+        memory += f", peak VRAM {size(result.peak_vram)}"
+    print(f"{path}: {result.image.width} x {result.image.height}, {result.settings['steps']} steps at {each:.2f} s/it")
+    print(f"{phases}; {memory}")

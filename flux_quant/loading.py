@@ -107,7 +107,9 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
         num_hidden_layers=arch.count_blocks(shapes, "text_model.encoder.layers."),
         num_attention_heads=width // 64,
         max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+        bos_token_id=None,
         eos_token_id=end_of_text,
+        pad_token_id=None,
     )
     model = CLIPTextModel(config)
     prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."

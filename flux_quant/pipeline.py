@@ -93,6 +93,19 @@ def generate(
     return Result(image, settings, seconds, peak_ram(), peak_vram(device))
 
 
+def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
+    """ "auto", "cpu", "cuda" ... -> the device and the dtype of the activations there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name}: torch {torch.__version__} finds no CUDA GPU; use --device cpu")
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def encode(components: Components, requests: Sequence[Request], guided: bool) -> TextFeatures:
     """Both encoders, one after the other, for all requests."""
     t5_prompts = [request.prompt if request.prompt_t5 is None else request.prompt_t5 for request in requests]

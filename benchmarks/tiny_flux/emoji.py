@@ -131,7 +131,9 @@ class EmojiWorld:
 
     def held_out(self, scene: Scene) -> bool:
         """Combinations never trained: one colour other than white and one position other than the centre per emoji."""
-        return scene.colour == self.held_out_colour(scene.emoji) or scene.position == self.held_out_position(scene.emoji)
+        return scene.colour == self.held_out_colour(scene.emoji) or scene.position == self.held_out_position(
+            scene.emoji
+        )
 
     @staticmethod
     def held_out_colour(emoji: int) -> str:

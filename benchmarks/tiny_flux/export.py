@@ -1,6 +1,6 @@
 """Put the trained parts together as a model folder in ComfyUI's layout, in BF16.
 
-    python -m flux_quant.benchmarks.tiny_flux.export --vae build/tiny/vae --flux build/tiny/flux --out flux_quant/tiny_flux
+python -m flux_quant.benchmarks.tiny_flux.export --vae build/tiny/vae --flux build/tiny/flux --out flux_quant/tiny_flux
 """
 
 import argparse
@@ -59,8 +59,10 @@ def vae_from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, path, {"format": "pt", **metadata})
-    print(f"{path}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, "
-          f"{path.stat().st_size:,} bytes")
+    print(
+        f"{path}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, "
+        f"{path.stat().st_size:,} bytes"
+    )
 
 
 def main() -> None:

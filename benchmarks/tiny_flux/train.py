@@ -85,8 +85,9 @@ class Bundle(nn.Module):
         self.flux = Flux(CONFIG)
         self.t5 = T5EncoderModel(T5_CONFIG)
         self.clip = CLIPTextModel(CLIP_CONFIG)
-        self.tokenizers = T5Tokenizer.from_pretrained(tokenizers / "t5"), CLIPTokenizer.from_pretrained(
-            tokenizers / "clip"
+        self.tokenizers = (
+            T5Tokenizer.from_pretrained(tokenizers / "t5"),
+            CLIPTokenizer.from_pretrained(tokenizers / "clip"),
         )
         zero_outputs(self.flux)
 
