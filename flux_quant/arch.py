@@ -74,6 +74,7 @@ BLOCK = re.compile(  # FLUX.1 in BFL and diffusers names, T5 in Hugging Face and
 )
 
 STAGES = {"double_blocks": 1, "single_blocks": 2, "final_layer": 3}  # everything else comes first
+POSITIONS = {name: position for position, name in enumerate(KEY_MAP)}
 
 # The ten linears outside the blocks: every converter keeps them precise.
 OUTSIDE_BLOCKS = tuple(f"{name}.*" for name in OUTER_MAP)
@@ -152,10 +153,12 @@ def block_of(name: str) -> str:
     return found.group() if found else "outside blocks"
 
 
-def running_order(name: str) -> tuple[int, int]:
-    """Sort key of BFL names: embedders, double blocks, single blocks, final layer, as a forward pass meets them."""
+def running_order(name: str) -> tuple[int, int, int, str]:
+    """Sort key of BFL names: embedders, double blocks, single blocks, final layer, each in the order of KEY_MAP."""
+    module, _, kind = name.rpartition(".")
+    pattern, blocks = re.subn(r"(?<=_blocks\.)\d+", "{}", module, count=1)
     stage = STAGES.get(name.split(".")[0], 0)
-    return stage, int(name.split(".")[1]) if stage in (1, 2) else 0
+    return stage, int(name.split(".")[1]) if blocks else 0, POSITIONS.get(pattern, len(POSITIONS)), kind
 
 
 def missing_tensors(names: Collection[str], config: FluxConfig) -> list[str]:
