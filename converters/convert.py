@@ -204,7 +204,7 @@ def compare(path: Path, source: CheckpointReader, row: Row, written: CheckpointR
     """Pack some rows of a weight again (all of them if they share a scale): the bytes must be those in the file."""
     info, fmt = row.target, FORMATS[row.target.format]
     original, stored = source.read(info.name), written.read(info.name)
-    ranges = list(row_ranges(info.shape, whole=len(fmt.parts) > 1))
+    ranges = list(row_ranges(info.shape)) if len(fmt.parts) == 1 else [(0, info.shape[0])]
     for first, last in {ranges[0], ranges[-1]}:
         piece = take_rows(original, first, last)
         shape = (last - first, *info.shape[1:]) if info.shape else ()

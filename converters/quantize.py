@@ -43,28 +43,24 @@ class Deviation:
 
 def requantize(source: QuantFormat, parts: Parts, shape: Shape, target: QuantFormat) -> tuple[Parts, Deviation]:
     """Stored parts of a weight of `shape` -> its parts in another format (unchanged in the same), and the deviation."""
-    whole = len(target.parts) > 1
+    ready = parts if source.name == target.name else None
+    if ready is None and len(target.parts) > 1:
+        ready = target.pack(parts[0] if source.is_plain else source.unpack(*parts))
     packed, deviation = [], Deviation()
-    for first, last in row_ranges(shape, whole):
-        rows = take_rows(parts, first, last)
-        weight = source.unpack(*rows)
-        if source.name != target.name:
-            rows = target.pack(weight)
+    for first, last in row_ranges(shape):
+        weight = source.unpack(*take_rows(parts, first, last))
+        rows = take_rows(ready, first, last) if ready else target.pack(weight)
         packed.append(rows)
         deviation += Deviation(square_sum(weight), square_sum(weight - target.unpack(*rows)))
-    if source.name == target.name:
-        return parts, deviation
-    return packed[0] if len(packed) == 1 else tuple(map(torch.cat, zip(*packed, strict=True))), deviation
+    return ready or tuple(map(torch.cat, zip(*packed, strict=True))), deviation
 
 
-def row_ranges(shape: Shape, whole: bool = False) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive slices of rows; one that covers everything if `whole`."""
-    if whole or not shape or prod(shape) <= SLICE:
-        yield 0, shape[0] if shape else 1
-        return
-    step = max(1, SLICE * shape[0] // prod(shape))
-    for first in range(0, shape[0], step):
-        yield first, min(first + step, shape[0])
+def row_ranges(shape: Shape) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive slices of rows."""
+    rows = shape[0] if shape else 1
+    step = max(1, SLICE * rows // max(prod(shape), 1))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 def take_rows(parts: Parts, first: int, last: int) -> Parts:

@@ -9,18 +9,22 @@ from torch import Tensor
 from flux_quant.codecs.legacy import divide
 
 LARGEST = 448.0
+SLICE = 1 << 22  # elements that are cast at a time
 
 
 def pack_scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (...) float -> data (...) float8_e4m3fn, scale () float32 with weight = data * scale.
 
-    The scale maps the largest magnitude to 448; a tensor of zeros gets scale 1.
+    The scale maps the largest magnitude to 448; a tensor of zeros gets scale 1. The working memory is that of a slice.
     """
-    weight = weight.float()
-    largest = weight.abs().amax()
+    low, high = weight.aminmax()
+    largest = torch.maximum(-low, high).float()
     smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
     scale = torch.where(largest > 0, divide(largest, LARGEST).clamp(min=smallest), torch.ones_like(largest))
-    return cast(weight / scale), scale
+    data = torch.empty_like(weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    for values, codes in zip(weight.reshape(-1).split(SLICE), data.view(-1).split(SLICE), strict=True):
+        codes.copy_(cast(values.float() / scale))
+    return data, scale
 
 
 def unpack_scaled(data: Tensor, scale: Tensor) -> Tensor:
