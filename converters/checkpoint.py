@@ -76,7 +76,7 @@ class FileReader:
 
     def close(self) -> None:
         """Views that were handed out stay valid; the file is unmapped with the last of them."""
-        del self.mapped
+        self.__dict__.pop("mapped", None)
 
     def __enter__(self) -> "FileReader":
         return self
