@@ -62,6 +62,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@test ! -f $(STAMP) || test "$$(cat $(STAMP))" = "$(CURDIR)" || rm -rf $(VENV)
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(if $(PREINSTALLED),--system-site-packages) $(VENV)
 ifneq ($(PREINSTALLED),)
+	$(PIP) uninstall -q -y setuptools  # venv's own, where Python brings one, hides the newer one of the image
 	$(PIP) install --no-deps --no-build-isolation -e .
 else
 	@if nvidia-smi -L >/dev/null 2>&1; then \
