@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDERS = {"t5": ("t5", "tokenizer_2"), "clip": ("clip", "tokenizer")}  # ours, diffusers'
+FILES = {"t5": ("tokenizer.json", "spiece.model"), "clip": ("tokenizer.json", "vocab.json")}  # any one of them
 LONGEST = 512  # tokens of T5; a tokenizer may allow fewer
 
 
@@ -40,6 +41,8 @@ def load_tokenizer(root: Path, kind: str) -> "PreTrainedTokenizerBase":
     folder = next((root / name for name in FOLDERS[kind] if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"{root}: no folder {' or '.join(FOLDERS[kind])} with the {kind.upper()} tokenizer")
+    if not any((folder / name).is_file() for name in FILES[kind]):
+        raise UserError(f"{folder}: neither {' nor '.join(FILES[kind])} is there: not a {kind.upper()} tokenizer")
     loader = T5Tokenizer if kind == "t5" else CLIPTokenizer
     try:
         return loader.from_pretrained(folder, local_files_only=True)
