@@ -126,10 +126,16 @@ def plan_row(component: Component, recipe: Recipe, info: TensorInfo) -> Row:
 
 
 def metadata_for(target: Path, component: Component, recipe: Recipe) -> dict[str, object]:
+    """Safetensors keep all of a safetensors source; the other pairs keep what the model says of itself (modelspec)."""
+    description = {
+        key: value
+        for key, value in component.metadata.items()
+        if key.startswith("modelspec.") and key != "modelspec.thumbnail"  # a picture, tens of kilobytes
+    }
     if target.suffix.lower() == ".gguf":
         own = {"flux_quant.version": flux_quant.__version__}
-        return gguf_io.model_metadata("flux", recipe.format) | own
-    return dict(component.metadata) if component.container == "safetensors" else {}
+        return gguf_io.model_metadata("flux", recipe.format) | own | description
+    return dict(component.metadata) if component.container == "safetensors" else description
 
 
 def notes_for(reader: CheckpointReader, component: Component) -> list[str]:

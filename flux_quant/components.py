@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux_quant.arch import Family, identify
 from flux_quant.converters.checkpoint import open_checkpoint
+from flux_quant.converters.component import components
 from flux_quant.errors import UserError
-from flux_quant.loading import shapes_of
 
 FOLDERS = {  # component -> folders of a ComfyUI models directory, newest name first
     "transformer": ("diffusion_models", "unet", "transformer"),
@@ -36,11 +35,6 @@ class Components:
     tokenizers: Path
 
 
-def family_of(path: Path) -> Family | None:
-    with open_checkpoint(path) as reader:
-        return identify(shapes_of(reader))
-
-
 def find_components(
     model: Path,
     t5: Path | None = None,
@@ -56,7 +50,7 @@ def find_components(
         raise UserError(f"{model}: no such file or directory")
     roots = [model] if model.is_dir() else [model.parent, model.parent.parent]
     return Components(
-        transformer=model if model.is_file() else choose("transformer", roots, "a FILE as --model"),
+        transformer=model if model.is_file() else choose("transformer", roots, "--model FILE"),
         t5=t5 or choose("t5", roots, "--t5"),
         clip=clip or choose("clip", roots, "--clip"),
         vae=vae or choose("vae", roots, "--vae"),
@@ -87,10 +81,10 @@ def candidates(component: str, roots: list[Path]) -> Iterator[Path]:
 def matches(path: Path, family: str) -> bool:
     """Whether the file is of this family. Damaged neighbours are not our business here."""
     try:
-        found = family_of(path)
+        with open_checkpoint(path) as reader:
+            return any(component.family.name == family for component in components(reader))
     except UserError:
         return False
-    return found is not None and found.name == family
 
 
 def picture_size(text: str | None, transformer: Path) -> tuple[int, int]:

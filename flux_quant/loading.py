@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant import arch
-from flux_quant.converters.checkpoint import CheckpointReader, load, open_checkpoint
+from flux_quant.converters.checkpoint import CheckpointReader, load
+from flux_quant.converters.component import open_component
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
@@ -28,19 +29,9 @@ def shapes_of(reader: CheckpointReader) -> dict[str, arch.Shape]:
     return {name: info.shape for name, info in reader.tensors.items()}
 
 
-def expect(reader: CheckpointReader, family: str, naming: str) -> None:
-    """UserError unless the file is of this family, in these names."""
-    found = arch.identify(shapes_of(reader))
-    if found is None:
-        raise UserError(f"{reader.path}: not a {family} checkpoint (unknown tensor names)")
-    if (found.name, found.naming) != (family, naming):
-        raise UserError(f"{reader.path} is a {found.name} in {found.naming} names; needed: {family} in {naming} names")
-
-
 def load_flux(path: str | Path) -> Flux:
     """The engine over the file's weights, on the CPU, in evaluation mode."""
-    reader = open_checkpoint(path)
-    expect(reader, "FLUX.1", "BFL")
+    reader = open_component(path, "FLUX.1", "BFL")
     with torch.device("meta"):
         model = Flux(arch.FluxConfig.from_shapes(shapes_of(reader)))
     bind(model, reader)
@@ -51,8 +42,7 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
     """A T5 v1.1 encoder from Hugging Face names; activations and norms stay in float32 (T5 overflows in float16)."""
     from transformers import T5Config, T5EncoderModel
 
-    reader = open_checkpoint(path)
-    expect(reader, "T5 encoder", "Hugging Face")
+    reader = open_component(path, "T5 encoder", "Hugging Face")
     shapes = shapes_of(reader)
     block = "encoder.block.0.layer.{}."
     buckets, heads = shapes[block.format(0) + "SelfAttention.relative_attention_bias.weight"]
@@ -96,8 +86,7 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
     """CLIP-L's text tower, float32. `end_of_text` is the tokenizer's id of the token whose state is pooled."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    reader = open_checkpoint(path)
-    expect(reader, "CLIP-L", "Hugging Face")
+    reader = open_component(path, "CLIP-L", "Hugging Face")
     shapes = shapes_of(reader)
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     config = CLIPTextConfig(
@@ -123,8 +112,7 @@ def load_vae(path: str | Path) -> "AutoencoderKL":
     """diffusers' AutoencoderKL from BFL names, float32."""
     from diffusers import AutoencoderKL
 
-    reader = open_checkpoint(path)
-    expect(reader, "VAE", "BFL")
+    reader = open_component(path, "VAE", "BFL")
     tensors = {name: load(reader, name) for name in reader.tensors}
     model = AutoencoderKL(**arch.vae_config(tensors))
     fill(model, arch.vae_to_diffusers(tensors), reader.path)

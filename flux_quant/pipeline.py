@@ -152,7 +152,7 @@ def to_images(pictures: Tensor) -> list["Image.Image"]:
 
 
 def save_png(image: "Image.Image", path: Path, settings: dict[str, object]) -> None:
-    """Beside, then renamed. The settings lie in the PNG as JSON under the key `flux_quant`."""
+    """Written beside, then renamed. The settings lie in the PNG as JSON under the key `flux_quant`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

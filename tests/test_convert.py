@@ -127,7 +127,7 @@ def edited(tensors: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Te
 
 
 def plan_for(tmp_path: Path, tensors: dict[str, Tensor], format_name: str = "q8_0", name: str = "out.gguf") -> Plan:
-    save_file(tensors, tmp_path / "source.safetensors")
+    save_file(tensors, tmp_path / "source.safetensors", {"modelspec.title": "tiny"})
     return make_plan(tmp_path / "source.safetensors", tmp_path / name, format_name)
 
 
@@ -192,6 +192,7 @@ def test_transformer_out_of_an_all_in_one_file(tmp_path, tiny_flux, tiny_flux_fi
     run(plan)
     convert(tiny_flux_file, tmp_path / "direct.gguf", "q8_0")
     assert plan.target.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+    assert open_checkpoint(plan.target).metadata["modelspec.title"] == "tiny"
 
 
 def test_verification_notices_a_wrong_byte(tmp_path, tiny_flux_file, monkeypatch):
