@@ -127,7 +127,7 @@ class EmojiWorld:
         """(96, 96, 3) float32 in 0-1."""
         rgba = self.coverage(scene)
         background = np.array(COLOURS[scene.colour], np.float32) / 255
-        return rgba[..., :3] + (1 - rgba[..., 3:]) * background
+        return np.minimum(rgba[..., :3] + (1 - rgba[..., 3:]) * background, 1)  # resampling overshoots by a level
 
     def held_out(self, scene: Scene) -> bool:
         """Combinations never trained: one colour other than white and one position other than the centre per emoji."""
