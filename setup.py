@@ -37,17 +37,17 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
-        "safetensors>=0.5",
-        "gguf>=0.17",
+        "safetensors>=0.8",
+        "gguf>=0.18",
         "accelerate>=1.2",
         "diffusers>=0.38",
-        "transformers>=5.0",
+        "transformers>=5.15",
         "sentencepiece>=0.2",
         "protobuf>=4.25",  # transformers reads spiece.model with it
         "numba>=0.61",
         "Pillow>=10.3",
-        "rich>=13.7",
-        "typer>=0.15",
+        "rich>=14.3",
+        "typer>=0.26",
     ],
     extras_require={
         # torch for CUDA brings its own triton on Linux and none on Windows; torch for CPU needs none, and 200 MB of it
