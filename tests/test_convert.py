@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux_quant import arch
+from flux_quant.arch import FluxConfig
 from flux_quant.converters import convert as convert_module
 from flux_quant.converters import quantize
 from flux_quant.converters.checkpoint import load, open_checkpoint
@@ -21,6 +22,7 @@ from flux_quant.converters.gguf_io import FILE_TYPES, TYPES
 from flux_quant.converters.recipe import RECIPES, recipe_for
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
+from flux_quant.model import Flux
 
 GGUF = [name for name, suffix in RECIPES if suffix == ".gguf"]
 F32_WEIGHTS = ("img_in", "time_in.in_layer", "vector_in.in_layer", "guidance_in.in_layer", "final_layer.linear")
@@ -239,3 +241,22 @@ def test_wrong_requests():
     ):
         with pytest.raises(UserError, match=message):
             recipe_for(format_name, Path(name))
+
+
+DEV = FluxConfig(64, 64, 3072, 128, 12288, 4096, 768, 19, 38, True)
+DEV_BYTES = {  # data of FLUX.1 [dev] as published files in the same layout have it, counted by hand from its shapes
+    "q4_0": 6_805_934_336,
+    "q4_1": 7_545_573_632,
+    "q5_0": 8_285_212_928,
+    "q5_1": 9_024_852_224,
+    "q8_0": 12_723_048_704,
+}
+
+
+@pytest.mark.parametrize("format_name", DEV_BYTES)
+def test_bytes_at_full_size(format_name):
+    with torch.device("meta"):
+        state = Flux(DEV).state_dict()
+    recipe = recipe_for(format_name, Path("flux1-dev.gguf"))
+    chosen = {name: recipe.choose(name, tuple(t.shape), "bf16", lambda: True)[0] for name, t in state.items()}
+    assert sum(FORMATS[chosen[name]].nbytes(tuple(t.shape)) for name, t in state.items()) == DEV_BYTES[format_name]

@@ -136,3 +136,18 @@ def test_wrong_tensors_are_named(damage: str, tiny_flux: dict[str, Tensor], tmp_
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=name):
         load_flux(tmp_path / "model.safetensors")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["q8_0.gguf", "q4_0.gguf", "fp8.safetensors", "bf16.safetensors"])
+@torch.no_grad()
+def test_engine_on_cuda_equals_cpu(target: str, tiny_flux_file: Path, tmp_path: Path):
+    path = tmp_path / f"model-{target}"
+    run(make_plan(tiny_flux_file, path, target.split(".")[0]))
+    expected_model, model = load_flux(path), load_flux(path).to("cuda")
+    x = random_inputs(model.config, 3, 5, tokens=7)
+    expected = expected_model(**x)
+    moved = {name: value.cuda() for name, value in x.items()}
+    assert relative_error(model(**moved).cpu(), expected) < 1e-3  # matrix products may use TF32
+    half = {k: v.bfloat16() if k in ("img", "txt", "pooled") else v for k, v in moved.items()}
+    assert relative_error(model.to(torch.bfloat16)(**half).float().cpu(), expected) < 0.05

@@ -163,3 +163,12 @@ def test_engine_in_diffusers_refuses_what_it_cannot_do(bundled: Components):
     assert torch.equal(transformer(**inputs).sample, sample)
     with pytest.raises(ValueError, match="controlnet_block_samples"):
         transformer(**inputs, controlnet_block_samples=[torch.zeros(1)])
+
+
+@pytest.mark.gpu
+def test_generate_on_cuda(bundled: Components):
+    request = Request(PROMPT, steps=8, size=(96, 96))
+    on_cpu = np.asarray(generate(bundled, request).image).astype(float)
+    result = generate(bundled, request, "cuda", torch.float32)
+    assert np.abs(np.asarray(result.image).astype(float) - on_cpu).mean() < 2
+    assert result.peak_vram > 1e7

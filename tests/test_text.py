@@ -57,7 +57,7 @@ def test_t5_equals_transformers(copies: str, t5: T5EncoderModel, tmp_path: Path)
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
 def test_t5_on_any_format(name: str, t5: T5EncoderModel, monkeypatch: pytest.MonkeyPatch):
-    """A packed `wo` must not drag the activations into its own dtype, as transformers' cast to `wo.weight.dtype` would."""
+    """transformers casts activations to the dtype of `wo.weight`: a packed one must not drag them along."""
     fmt = FORMATS[name]
     tensors = t5_tensors(t5)
     packed = {n for n, t in tensors.items() if fmt.fits(t.shape) and "DenseReluDense" in n}

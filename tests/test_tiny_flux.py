@@ -37,7 +37,9 @@ def test_scenes_are_what_they_say(world: EmojiWorld):
     counter = world.render(Scene(3, "small", "in the centre", "white", True, -15))
     np.testing.assert_allclose(counter[:, ::-1], tilted, atol=1e-6)
     assert np.abs(tilted - picture).mean() > 0.005
-    ink = [(world.render(Scene(3, size, "in the centre", "white", False, 0)) < 0.99).mean() for size in ("small", "large")]
+    ink = [
+        (world.render(Scene(3, size, "in the centre", "white", False, 0)) < 0.99).mean() for size in ("small", "large")
+    ]
     assert ink[1] > 2 * ink[0]
 
 
