@@ -81,9 +81,11 @@ def generate(
     """All phases for one picture. Activations are in `dtype`, text and VAE always in float32."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model = load_flux(components.transformer).to(device)
+        model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
     with timed(seconds, "text"):
         features = encode(components, [request], guided=model.config.guidance)
+    with timed(seconds, "load"):
+        model.to(device)
     with timed(seconds, "denoise"):
         latents = denoise_batch(model, features, [request], device, dtype, progress)
     del model
@@ -168,9 +170,10 @@ def save_png(image: "Image.Image", path: Path, settings: dict[str, object]) -> N
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the time of the block to a phase."""
     start = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - start
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def peak_ram() -> int:
