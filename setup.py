@@ -12,6 +12,8 @@ VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("flux_quan
 setup(
     name="flux_quant",
     version=VERSION[1],
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
     description="Quantization and low-VRAM runtime toolkit for FLUX.1",
     license="Apache-2.0",
     license_files=["LICENSE"],
