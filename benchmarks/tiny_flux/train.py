@@ -5,6 +5,10 @@ distilled into the guidance input, as FLUX.1 [dev]'s was: for a scale g the targ
 between the averaged model's predictions with and without the caption (at g = 1), so the model learns in one evaluation
 what classifier-free guidance needs two for, and goes on learning from the data meanwhile.
 
+FLUX.1's text encoders know the world before its transformer is trained. These here start from nothing, so each step
+also teaches them, from captions alone, what an emoji looks like: a linear map of CLIP's vector, and one of T5's mean,
+must give the latents of its plain picture (`Appearance`; not part of the shipped model).
+
     python -m flux_quant.benchmarks.tiny_flux.train --vae build/tiny/vae --out build/tiny/flux --minutes 90
 
 Stops cleanly at any time and resumes from its last checkpoint (one every ten minutes).
@@ -13,6 +17,7 @@ Stops cleanly at any time and resumes from its last checkpoint (one every ten mi
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT, FluxConfig
-from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.emoji import POSITIONS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
 from flux_quant.benchmarks.tiny_flux.tokenizers import (
     CLIP_LENGTH,
@@ -109,6 +114,22 @@ class Bundle(nn.Module):
         return self.flux(x, *text, t, image_ids(*GRID), text_ids(T5_LENGTH), guidance)
 
 
+class Appearance(nn.Module):
+    """What the text features should tell linearly: the latents of the emoji, large, upright, on white."""
+
+    def __init__(self, targets: Tensor) -> None:
+        """targets (emoji, 36 * 64), their mean taken away."""
+        super().__init__()
+        self.register_buffer("targets", targets, persistent=False)
+        self.from_t5 = nn.Linear(WIDTH, targets.shape[1])
+        self.from_clip = nn.Linear(WIDTH, targets.shape[1])
+
+    def loss(self, text: tuple[Tensor, Tensor], emoji: Tensor) -> Tensor:
+        wanted = self.targets[emoji]
+        guesses = self.from_t5(text[0].mean(dim=1)), self.from_clip(text[1])
+        return sum((guess - wanted).square().mean() for guess in guesses)
+
+
 def zero_outputs(flux: Flux) -> None:
     """Start every block as the identity and the output at zero."""
     for name, module in flux.named_modules():
@@ -118,16 +139,15 @@ def zero_outputs(flux: Flux) -> None:
 
 
 @torch.no_grad()
-def make_pool(world: EmojiWorld, vae: AutoencoderKL, count: int, seed: int) -> tuple[list[Scene], Tensor]:
-    """`count` random scenes and their packed, normalised latents (count, 36, 64) float16."""
-    rng = np.random.default_rng(seed)
-    scenes, latents = [world.sample(rng) for _ in range(count)], []
-    for start in range(0, count, 64):
+def latents_of(world: EmojiWorld, vae: AutoencoderKL, scenes: Sequence[Scene]) -> Tensor:
+    """Packed, normalised latents (scenes, 36, 64) float16."""
+    latents = []
+    for start in range(0, len(scenes), 64):
         pictures = np.stack([world.render(scene) for scene in scenes[start : start + 64]])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
         z = (vae.encode(x).latent_dist.mode() - LATENT_SHIFT) * LATENT_SCALE
         latents.append(pack_latents(z).half())
-    return scenes, torch.cat(latents)
+    return torch.cat(latents)
 
 
 class Trainer:
@@ -146,7 +166,12 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.bundle, self.average = Bundle(tokenizers), Bundle(tokenizers).requires_grad_(False)
         self.average.load_state_dict(self.bundle.state_dict())
-        self.optimizer = torch.optim.AdamW(self.bundle.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        plain = [Scene(e, "large", POSITIONS[0], "white", False, 0) for e in range(len(self.world))]
+        targets = latents_of(self.world, self.vae, plain).float().flatten(1)
+        self.appearance = Appearance(targets - targets.mean(dim=0))
+        settings = dict(lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.bundle.parameters(), **settings)
+        self.appearance_optimizer = torch.optim.AdamW(self.appearance.parameters(), **settings)
         for bundle in (self.bundle, self.average) if args.compile else ():
             bundle.flux.compile(dynamic=False)
         self.minutes, self.step = 0.0, 0
@@ -159,7 +184,9 @@ class Trainer:
         if path.exists():
             saved = torch.load(path, weights_only=True)
             return [Scene(*row) for row in saved["scenes"]], saved["latents"]
-        scenes, latents = make_pool(self.world, self.vae, self.args.pool, self.args.seed)
+        rng = np.random.default_rng(self.args.seed)
+        scenes = [self.world.sample(rng) for _ in range(self.args.pool)]
+        latents = latents_of(self.world, self.vae, scenes)
         rows = [(s.emoji, s.size, s.position, s.colour, s.mirrored, s.tilt) for s in scenes]
         torch.save({"scenes": rows, "latents": latents}, path)
         return scenes, latents
@@ -169,20 +196,23 @@ class Trainer:
         self.bundle.load_state_dict(saved["bundle"])
         self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.appearance.load_state_dict(saved.get("appearance", self.appearance.state_dict()))
         self.minutes, self.step = saved["minutes"], saved["step"]
         self.rng = np.random.default_rng([self.args.seed, self.step])
         torch.manual_seed(self.args.seed + self.step)
 
     def save(self) -> None:
         state = dict(bundle=self.bundle.state_dict(), average=self.average.state_dict())
+        state["appearance"] = self.appearance.state_dict()
         state |= dict(optimizer=self.optimizer.state_dict(), minutes=self.minutes, step=self.step)
         torch.save(state, self.args.out / "checkpoint.tmp")
         (self.args.out / "checkpoint.tmp").replace(self.args.out / "checkpoint.pt")
 
     def learning_rate(self) -> float:
-        """Warm-up over 200 steps, constant to 40 % of the time, then a straight line to 2 %."""
+        """Warm-up over 200 steps, constant until `decay_from`, then a straight line to 2 %."""
+        start = self.args.decay_from
         done = min(1.0, self.minutes / self.args.minutes)
-        return self.args.lr * min(1.0, (self.step + 1) / 200) * (1 - 0.98 * max(0.0, (done - 0.4) / 0.6))
+        return self.args.lr * min(1.0, (self.step + 1) / 200) * (1 - 0.98 * max(0.0, (done - start) / (1 - start)))
 
     def train_step(self) -> Tensor:
         n = self.args.batch
@@ -199,19 +229,25 @@ class Trainer:
             half = n // 2
             guidance[half:] = 1.0
             target[:half] += self.guided_difference(x[:half], captions[:half], t[:half], guidance[:half])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
         loss = (self.bundle(x, self.bundle.encode(captions), t, guidance) - target).square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
+        more = [self.world.sample(self.rng) for _ in range(self.args.captions)]
+        text = self.bundle.encode([self.world.random_caption(scene, self.rng) for scene in more])
+        looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more]))
+        optimizers = self.optimizer, self.appearance_optimizer
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+        (loss + 0.5 * looks).backward()
         nn.utils.clip_grad_norm_(self.bundle.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             decay = min(self.args.ema, (self.step + 1) / (self.step + 10))
             own, averaged = list(self.bundle.parameters()), list(self.average.parameters())
             torch._foreach_lerp_(averaged, own, 1 - decay)
         self.step += 1
-        return loss.detach()
+        return torch.stack([loss.detach(), looks.detach()])
 
     @torch.no_grad()
     def guided_difference(self, x: Tensor, captions: list[str], t: Tensor, guidance: Tensor) -> Tensor:
@@ -249,7 +285,8 @@ class Trainer:
             now = time.monotonic()
             self.minutes, last = self.minutes + (now - last) / 60, now
             if self.minutes >= next_report:
-                row = dict(minutes=round(self.minutes, 1), step=self.step, loss=torch.stack(losses).mean().item())
+                row = dict(minutes=round(self.minutes, 1), step=self.step)
+                row |= dict(zip(("loss", "appearance_loss"), torch.stack(losses).mean(dim=0).tolist(), strict=True))
                 losses, next_report = [], self.minutes + 2
                 if self.minutes >= next_check:
                     row |= self.quick_check()
@@ -274,8 +311,10 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, resumed runs included")
-    parser.add_argument("--distill-from", type=float, default=0.5, help="share of the time after which it begins")
+    parser.add_argument("--distill-from", type=float, default=0.75, help="share of the time after which it begins")
+    parser.add_argument("--decay-from", type=float, default=0.6, help="share of the time at a constant learning rate")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--captions", type=int, default=192, help="more captions a step, for the text encoders alone")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--pool", type=int, default=60000, help="pictures, encoded once")
