@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT, FluxConfig
 from flux_quant.benchmarks.tiny_flux.emoji import POSITIONS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
+from flux_quant.benchmarks.tiny_flux.muon import Muon
 from flux_quant.benchmarks.tiny_flux.tokenizers import (
     CLIP_LENGTH,
     CLIP_VOCABULARY,
@@ -80,6 +81,7 @@ CLIP_CONFIG = CLIPTextConfig(
     pad_token_id=1,
 )
 GUIDANCE = (1.0, 6.0)
+MUON_RATE = 2.0  # Muon's learning rate in units of Adam's
 
 
 class Bundle(nn.Module):
@@ -170,14 +172,20 @@ class Trainer:
         targets = latents_of(self.world, self.vae, plain).float().flatten(1)
         self.appearance = Appearance(targets - targets.mean(dim=0))
         settings = dict(lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        self.optimizer = torch.optim.AdamW(self.bundle.parameters(), **settings)
-        self.appearance_optimizer = torch.optim.AdamW(self.appearance.parameters(), **settings)
+        matrices = [p for name, p in self.bundle.named_parameters() if "_blocks." in name and p.ndim == 2]
+        others = {id(p) for p in self.bundle.parameters()} - {id(p) for p in matrices}
+        rest = [p for p in self.bundle.parameters() if id(p) in others]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon(matrices, args.lr * MUON_RATE, weight_decay=0.01),
+            "adam": torch.optim.AdamW([*rest, *self.appearance.parameters()], **settings),
+        }
         for bundle in (self.bundle, self.average) if args.compile else ():
             bundle.flux.compile(dynamic=False)
         self.minutes, self.step = 0.0, 0
         self.rng = np.random.default_rng(args.seed)
         if (args.out / "checkpoint.pt").exists():
             self.resume()
+        self.first_step = self.step
 
     def pool(self) -> tuple[list[Scene], Tensor]:
         path = self.args.out / "pool.pt"
@@ -195,8 +203,9 @@ class Trainer:
         saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True)
         self.bundle.load_state_dict(saved["bundle"])
         self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.appearance.load_state_dict(saved.get("appearance", self.appearance.state_dict()))
+        self.appearance.load_state_dict(saved["appearance"])
+        for name, state in saved["optimizers"].items():
+            self.optimizers[name].load_state_dict(state)
         self.minutes, self.step = saved["minutes"], saved["step"]
         self.rng = np.random.default_rng([self.args.seed, self.step])
         torch.manual_seed(self.args.seed + self.step)
@@ -204,15 +213,20 @@ class Trainer:
     def save(self) -> None:
         state = dict(bundle=self.bundle.state_dict(), average=self.average.state_dict())
         state["appearance"] = self.appearance.state_dict()
-        state |= dict(optimizer=self.optimizer.state_dict(), minutes=self.minutes, step=self.step)
+        state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state |= dict(minutes=self.minutes, step=self.step)
         torch.save(state, self.args.out / "checkpoint.tmp")
         (self.args.out / "checkpoint.tmp").replace(self.args.out / "checkpoint.pt")
 
     def learning_rate(self) -> float:
-        """Warm-up over 200 steps, constant until `decay_from`, then a straight line to 2 %."""
+        """Warm-up over 200 steps of a run, constant until `decay_from`, then a straight line to 2 %."""
         start = self.args.decay_from
         done = min(1.0, self.minutes / self.args.minutes)
-        return self.args.lr * min(1.0, (self.step + 1) / 200) * (1 - 0.98 * max(0.0, (done - start) / (1 - start)))
+        return (
+            self.args.lr
+            * min(1.0, (self.step - self.first_step + 1) / 200)
+            * (1 - 0.98 * max(0.0, (done - start) / (1 - start)))
+        )
 
     def train_step(self) -> Tensor:
         n = self.args.batch
@@ -233,14 +247,13 @@ class Trainer:
         more = [self.world.sample(self.rng) for _ in range(self.args.captions)]
         text = self.bundle.encode([self.world.random_caption(scene, self.rng) for scene in more])
         looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more]))
-        optimizers = self.optimizer, self.appearance_optimizer
-        for optimizer in optimizers:
+        for name, optimizer in self.optimizers.items():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = self.learning_rate() * (MUON_RATE if name == "muon" else 1)
         (loss + 0.5 * looks).backward()
         nn.utils.clip_grad_norm_(self.bundle.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.step()
         with torch.no_grad():
             decay = min(self.args.ema, (self.step + 1) / (self.step + 10))
