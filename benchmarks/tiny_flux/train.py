@@ -16,6 +16,7 @@ Stops cleanly at any time and resumes from its last checkpoint (one every ten mi
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from flux_quant.benchmarks.tiny_flux.tokenizers import (
     train_clip,
     train_t5,
 )
+from flux_quant.components import find_components
+from flux_quant.converters.checkpoint import load, open_checkpoint
+from flux_quant.loading import load_vae
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
 from flux_quant.sampling import denoise
 
@@ -116,6 +120,16 @@ class Bundle(nn.Module):
         return self.flux(x, *text, t, image_ids(*GRID), text_ids(T5_LENGTH), guidance)
 
 
+def shipped_state(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder that `export` made, in a Bundle's names."""
+    components = find_components(folder)
+    state = {}
+    for prefix, path in {"flux.": components.transformer, "t5.": components.t5, "clip.": components.clip}.items():
+        with open_checkpoint(path) as reader:
+            state |= {prefix + name.removeprefix("text_model."): load(reader, name) for name in reader.tensors}
+    return state | {"t5.encoder.embed_tokens.weight": state["t5.shared.weight"]}
+
+
 class Appearance(nn.Module):
     """What the text features should tell linearly: the latents of the emoji, large, upright, on white."""
 
@@ -158,8 +172,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.world = EmojiWorld()
-        self.vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
+        self.vae = (load_vae if args.vae.is_file() else AutoencoderKL.from_pretrained)(args.vae).requires_grad_(False)
         tokenizers = args.out / "tokenizers"
+        if args.start_from:
+            shutil.copytree(find_components(args.start_from).tokenizers, tokenizers, dirs_exist_ok=True)
         if not (tokenizers / "clip/vocab.json").exists():
             captions = corpus(self.world)
             train_t5(captions, tokenizers / "t5")
@@ -167,6 +183,8 @@ class Trainer:
         self.scenes, self.latents = self.pool()
         torch.manual_seed(args.seed)
         self.bundle, self.average = Bundle(tokenizers), Bundle(tokenizers).requires_grad_(False)
+        if args.start_from:
+            self.bundle.load_state_dict(shipped_state(args.start_from))
         self.average.load_state_dict(self.bundle.state_dict())
         plain = [Scene(e, "large", POSITIONS[0], "white", False, 0) for e in range(len(self.world))]
         targets = latents_of(self.world, self.vae, plain).float().flatten(1)
@@ -321,8 +339,9 @@ def shifted_uniform(n: int, mu: float = 0.8) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True, help="what train_vae wrote, or an ae.safetensors")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start-from", type=Path, help="a model folder to go on from, instead of from nothing")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, resumed runs included")
     parser.add_argument("--distill-from", type=float, default=0.75, help="share of the time after which it begins")
     parser.add_argument("--decay-from", type=float, default=0.6, help="share of the time at a constant learning rate")
