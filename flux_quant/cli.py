@@ -30,6 +30,8 @@ FormatName = Annotated[str, typer.Option("--format", "-f", help="q8_0 q5_1 q5_0 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
 Component = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: found beside the model]")]
+Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where everything is written")]
+Model = Annotated[Path | None, typer.Option("--model", "-m", help="model folder [default: the bundled model]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="processor threads [default: all cores]")]
 
 
@@ -127,12 +129,8 @@ def generate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where everything is written")] = Path(
-        "demo"
-    ),
-    model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="model folder [default: the bundled model]")
-    ] = None,
+    output: Folder = Path("demo"),
+    model: Model = None,
     threads: Threads = None,
 ) -> None:
     """Convert the bundled model to FP8, Q8_0, Q5_0 and Q4_0, draw the same pictures with each, compare them."""

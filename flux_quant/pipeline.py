@@ -82,6 +82,7 @@ def generate(
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
+        refuse_image_inputs(components, model)
     with timed(seconds, "text"):
         features = encode(components, [request], guided=model.config.guidance)
     with timed(seconds, "load"):
@@ -95,8 +96,18 @@ def generate(
     return Result(image, settings, seconds, peak_ram(), peak_vram(device))
 
 
+def refuse_image_inputs(components: Components, model: Flux) -> None:
+    """Fill, Depth and Canny read more channels than they write: a picture beside the noise."""
+    c = model.config
+    if c.in_channels != c.out_channels:
+        raise UserError(
+            f"{components.transformer} reads {c.in_channels} channels, {c.in_channels - c.out_channels} of them of an "
+            "input picture (Fill, Depth or Canny); generate draws from text alone"
+        )
+
+
 def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
-    """ "auto", "cpu", "cuda" ... -> the device and the dtype of the activations there."""
+    """The device, and the dtype of the activations there. `auto` takes CUDA where there is any."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,5 +1,6 @@
 """From prompt to picture with the bundled model: files found, phases in order, diffusers as the judge of the whole."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_engine_in_diffusers_refuses_what_it_cannot_do(bundled: Components):
     assert torch.equal(transformer(**inputs).sample, sample)
     with pytest.raises(ValueError, match="controlnet_block_samples"):
         transformer(**inputs, controlnet_block_samples=[torch.zeros(1)])
+
+
+def test_models_that_need_a_picture_are_refused(bundled: Components, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(bundled.transformer)
+    weight = tensors["img_in.weight"]
+    tensors["img_in.weight"] = torch.cat([weight] * 6, dim=1)  # 384 channels, as Fill
+    save_file(tensors, tmp_path / "fill.safetensors")
+    fill = dataclasses.replace(bundled, transformer=tmp_path / "fill.safetensors")
+    with pytest.raises(UserError, match="reads 384 channels, 320 of them of an input picture"):
+        generate(fill, Request(PROMPT, steps=1, size=(96, 96)))
 
 
 @pytest.mark.gpu
