@@ -23,14 +23,14 @@ from flux_quant.pipeline import Request, decode, denoise_batch, encode, to_image
 
 TARGETS = {"fp8": "FP8.safetensors", "q8_0": "Q8_0.gguf", "q5_0": "Q5_0.gguf", "q4_0": "Q4_0.gguf"}
 PROMPTS = (
-    "large red apple on a white background",
-    "large octopus on a blue background",
-    "small rocket on the left on a yellow background",
-    "large teddy bear on a green background",
-    "small crown at the top on a purple background",
-    "large hamburger on a orange background",
-    "penguin",
-    "hot air balloon",
+    "large mushroom on a white background",
+    "large cactus on a blue background",
+    "large tiger face on a white background",
+    "large fox face on a green background",
+    "large tangerine on a purple background",
+    "small strawberry on the left on a yellow background",
+    "panda face",
+    "watermelon",
 )
 SIZE, STEPS, GUIDANCE = (96, 96), 20, 3.5
 
