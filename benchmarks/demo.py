@@ -28,7 +28,7 @@ PROMPTS = (
     "large tiger face on a white background",
     "large fox face on a green background",
     "large tangerine on a purple background",
-    "small strawberry on the left on a yellow background",
+    "small tomato on the left on a yellow background",
     "panda face",
     "watermelon",
 )

@@ -45,6 +45,9 @@ def tiny_table(results: dict) -> str:
         "PSNR between two seeds": f"{results['psnr_between_seeds']:.1f} dB",
         "PSNR between guidance 1 and 6": f"{results['psnr_between_guidance_1_and_6']:.1f} dB",
         "PSNR between 4 and 20 steps": f"{results['psnr_between_4_and_20_steps']:.1f} dB",
+        f"right emoji, 4 / 20 steps ({steps['20']['pictures']} captions)": " / ".join(
+            f"{steps[n]['accuracy']:.1%}" for n in ("4", "20")
+        ),
         "PSNR to the nearest allowed picture, 4 / 20 steps": " / ".join(
             f"{steps[n]['psnr_to_nearest']:.2f} dB" for n in ("4", "20")
         ),
