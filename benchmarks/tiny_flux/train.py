@@ -261,7 +261,9 @@ class Trainer:
             half = n // 2
             guidance[half:] = 1.0
             target[:half] += self.guided_difference(x[:half], captions[:half], t[:half], guidance[:half])
-        loss = (self.bundle(x, self.bundle.encode(captions), t, guidance) - target).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            velocity = self.bundle(x, self.bundle.encode(captions), t, guidance)
+        loss = (velocity.float() - target).square().mean()
         more = [self.world.sample(self.rng) for _ in range(self.args.captions)]
         text = self.bundle.encode([self.world.random_caption(scene, self.rng) for scene in more])
         looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more]))
@@ -351,6 +353,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--pool", type=int, default=60000, help="pictures, encoded once")
     parser.add_argument("--compile", action="store_true", help="torch.compile, about a quarter faster; needs gcc")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16: for processors with AMX")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
