@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_quant.benchmarks.machine import fingerprint
+from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.sheet import contact_sheet
 from flux_quant.components import Components
 from flux_quant.converters.convert import make_plan, run
@@ -79,7 +80,7 @@ def run_demo(components: Components, folder: Path, say: Progress = lambda text: 
         converting = time.perf_counter() - start
         say(f"drawing with {target.name}")
         drawn, seconds = draw(target)
-        psnr = psnr_of(drawn, reference)
+        distance = psnr(drawn, reference)
         pictures.append(drawn)
         columns.append(
             Column(
@@ -88,8 +89,8 @@ def run_demo(components: Components, folder: Path, say: Progress = lambda text: 
                 bytes=result.file_bytes,
                 bits_per_weight=8 * result.file_bytes / result.total.parameters,
                 weight_snr=result.formats[name].deviation.snr,
-                psnr_mean=psnr.mean().item(),
-                psnr_worst=psnr.min().item(),
+                psnr_mean=distance.mean().item(),
+                psnr_worst=distance.min().item(),
                 convert_seconds=converting,
                 denoise_seconds=seconds,
             )
@@ -108,12 +109,6 @@ def source_column(path: Path, seconds: float) -> Column:
     summary = summarize(path)
     bits = 8 * summary.bytes / summary.parameters
     return Column("bf16", path.name, summary.bytes, bits, None, None, None, None, seconds)
-
-
-def psnr_of(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(n,) dB, peak 1.0, before rounding to 8 bits."""
-    mse = (pictures - reference).square().mean(dim=(1, 2, 3)).clamp(min=1e-12)
-    return -10 * mse.log10()
 
 
 def sheet_of(columns: Sequence[Column], pictures: Sequence[Tensor]) -> Image.Image:

@@ -196,18 +196,18 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # model input = (latent - shift) * scale
 
-VAE_RULES: tuple[tuple[str, str], ...] = (  # BFL regular expression -> diffusers; `up` is counted from the other end
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d+)\.block\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
-    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
+VAE_NAMES = (  # BFL, diffusers; `{}` stands for a number or a letter. `up` is counted from the other end.
+    (".norm_out.", ".conv_norm_out."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
+    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
+    (".mid.attn_1.{}.", ".mid_block.attentions.0.to_{}."),
+    (".down.{}.block.{}.", ".down_blocks.{}.resnets.{}."),
+    (".down.{}.downsample.", ".down_blocks.{}.downsamplers.0."),
+    (".up.{}.block.{}.", ".up_blocks.{}.resnets.{}."),
+    (".up.{}.upsample.", ".up_blocks.{}.upsamplers.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
 )
 
 
@@ -216,14 +216,33 @@ def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     last = count_blocks(tensors, "decoder.up.") - 1
     out = {}
     for name, tensor in tensors.items():
-        target = name
-        for pattern, replacement in VAE_RULES:
-            target = re.sub(pattern, replacement, target)
-        target = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{last - int(found[1])}", target)
-        if ".attentions." in target and tensor.ndim == 4:
-            tensor = tensor[:, :, 0, 0]
-        out[target] = tensor
+        target = mirrored_level(renamed(name, VAE_NAMES), "up_blocks", last)
+        out[target] = tensor[:, :, 0, 0] if ".attentions." in target and tensor.ndim == 4 else tensor
     return out
+
+
+def vae_from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `vae_to_diffusers`."""
+    last = count_blocks(tensors, "decoder.up_blocks.") - 1
+    names = tuple((diffusers, bfl) for bfl, diffusers in VAE_NAMES)
+    out = {}
+    for name, tensor in tensors.items():
+        target = mirrored_level(renamed(name, names), "up", last)
+        out[target] = tensor[:, :, None, None] if ".attn_1." in target and tensor.ndim == 2 else tensor
+    return out
+
+
+def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Every first part of a pair that is found in the name gives way to the second."""
+    for old, new in pairs:
+        numbers = iter(range(1, 10))
+        replacement = re.sub(r"{}", lambda _, n=numbers: rf"\g<{next(n)}>", new)
+        name = re.sub(re.escape(old).replace(r"\{\}", r"(\w+)"), replacement, name)
+    return name
+
+
+def mirrored_level(name: str, key: str, last: int) -> str:
+    return re.sub(rf"\.{key}\.(\d+)\.", lambda found: f".{key}.{last - int(found[1])}.", name)
 
 
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:

@@ -123,7 +123,7 @@ def generate(
     request = Request(prompt, prompt_t5, steps, guidance, seed, pixels)
     with console.steps_progress() as progress:
         result = make(components, request, place, dtype, progress)
-    save_png(result.image, output, result.settings)
+    save_png(result.image, output, result.settings, force)
     console.print_generation(output, result)
 
 

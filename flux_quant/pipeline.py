@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from flux_quant import __version__
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
 from flux_quant.components import Components
+from flux_quant.converters.output import OutputFile
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents, unpack_latents
@@ -164,19 +166,17 @@ def to_images(pictures: Tensor) -> list["Image.Image"]:
     return [Image.fromarray((p.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for p in pictures]
 
 
-def save_png(image: "Image.Image", path: Path, settings: dict[str, object]) -> None:
-    """Written beside, then renamed. The settings lie in the PNG as JSON under the key `flux_quant`."""
+def save_png(image: "Image.Image", path: Path, settings: dict[str, object], force: bool = False) -> None:
+    """Complete or not at all. The settings lie in the PNG as JSON under the key `flux_quant`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("Software", f"flux_quant {__version__}")
     info.add_text("flux_quant", json.dumps(settings))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoded = BytesIO()
+    image.save(encoded, format="PNG", pnginfo=info)
+    with OutputFile(path, len(encoded.getvalue()), force) as file:
+        file.write(0, encoded.getvalue())
 
 
 @contextmanager

@@ -193,6 +193,7 @@ def test_vae_covers_the_diffusers_model_exactly(size):
     with torch.device("meta"):
         expected = AutoencoderKL(**arch.vae_config(tensors))
     assert shapes_of(arch.vae_to_diffusers(tensors)) == shapes_of(expected.state_dict())
+    assert shapes_of(arch.vae_from_diffusers(arch.vae_to_diffusers(tensors))) == shapes_of(tensors)
 
 
 def test_vae_constants_are_those_of_flux():

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.sheet import contact_sheet
 from flux_quant.benchmarks.tiny_flux.emoji import COLOUR_NAMES, POSITIONS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.judge import Request as Asked
 from flux_quant.benchmarks.tiny_flux.judge import nearest
 from flux_quant.benchmarks.tiny_flux.train_vae import batch as random_pictures
-from flux_quant.benchmarks.tiny_flux.train_vae import psnr as reconstruction_psnr
+from flux_quant.benchmarks.tiny_flux.train_vae import reconstruction_psnr
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.pipeline import Request, decode, denoise_batch, encode, to_images
@@ -107,20 +108,14 @@ def open_cases(world: EmojiWorld, rng: np.random.Generator, count: int) -> list[
 
 def score(world: EmojiWorld, cases: Sequence[Case], pictures: Tensor) -> dict[str, float]:
     """Accuracy, and mean PSNR in dB to the nearest picture the caption allows."""
-    right, psnr = 0, []
+    right, distances = 0, []
     for asked in {case.asked for case in cases}:
         rows = [i for i, case in enumerate(cases) if case.asked == asked]
         verdict = nearest(world, pictures[rows], asked)
         wanted = torch.tensor([cases[i].scene.emoji for i in rows])
         right += int((verdict.emoji == wanted).sum())
-        psnr += verdict.psnr.tolist()
-    return dict(pictures=len(cases), accuracy=right / len(cases), psnr_to_nearest=float(np.mean(psnr)))
-
-
-def mean_psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures of the PSNR in dB between two sets, peak 1.0."""
-    mse = (a - b).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return float((-10 * mse.log10()).mean())
+        distances += verdict.psnr.tolist()
+    return dict(pictures=len(cases), accuracy=right / len(cases), psnr_to_nearest=float(np.mean(distances)))
 
 
 def evaluate(world: EmojiWorld, generator: Generator, guidance: float, scale: int) -> dict[str, object]:
@@ -141,12 +136,12 @@ def evaluate(world: EmojiWorld, generator: Generator, guidance: float, scale: in
     few = [case for case in named if case.asked in FEW]
     captions = [case.caption for case in few]
     reference = generator(captions, 20, guidance, seed=5000)
-    figures["psnr_between_seeds"] = mean_psnr(reference, generator(captions, 20, guidance, seed=9000))
+    figures["psnr_between_seeds"] = psnr(reference, generator(captions, 20, guidance, seed=9000)).mean().item()
     by_steps = {steps: generator(captions, steps, guidance, seed=5000) for steps in (1, 4, 8)} | {20: reference}
     figures["steps"] = {str(steps): score(world, few, pictures) for steps, pictures in by_steps.items()}
-    figures["psnr_between_4_and_20_steps"] = mean_psnr(reference, by_steps[4])
+    figures["psnr_between_4_and_20_steps"] = psnr(reference, by_steps[4]).mean().item()
     low, high = (generator(captions, 20, g, seed=5000) for g in (1.0, 6.0))
-    figures["psnr_between_guidance_1_and_6"] = mean_psnr(low, high)
+    figures["psnr_between_guidance_1_and_6"] = psnr(low, high).mean().item()
     figures["guidance"] = {
         "default": guidance,
         "1": score(world, few, low),

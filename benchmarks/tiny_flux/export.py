@@ -4,7 +4,6 @@ python -m flux_quant.benchmarks.tiny_flux.export --vae build/tiny/vae --flux bui
 """
 
 import argparse
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,33 +26,6 @@ ORIGIN = {
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def vae_from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `arch.vae_to_diffusers`."""
-    levels = arch.count_blocks(state, "decoder.up_blocks.")
-    rules = (
-        (r"\.conv_norm_out\.", ".norm_out."),
-        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
-        (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
-        (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
-        (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
-        (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
-        (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
-        (r"\.conv_shortcut\.", ".nin_shortcut."),
-    )
-    out = {}
-    for name, tensor in state.items():
-        if re.search(r"attentions\.0\.to_.*weight", name):
-            tensor = tensor[:, :, None, None]
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        name = re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
-        out[name] = tensor
-    return out
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
@@ -80,7 +52,7 @@ def main() -> None:
     write(args.out / "text_encoders/t5.safetensors", t5, torch.bfloat16, {})
     clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
     write(args.out / "text_encoders/clip_l.safetensors", clip, torch.bfloat16, {})
-    vae = vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
+    vae = arch.vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
     write(args.out / "vae/ae.safetensors", vae, torch.bfloat16, {})
     shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)
 

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1's latent constants, which loaders of its VAE have built in
@@ -50,11 +51,10 @@ def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: nn.Module, pictures: torch.Tensor) -> float:
+def reconstruction_psnr(vae: nn.Module, pictures: torch.Tensor) -> float:
     """Mean over pictures of the PSNR in dB of the reconstruction, peak 1.0."""
     output = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pictures.split(32)])
-    mse = ((output.clamp(-1, 1) - pictures) / 2).square().mean(dim=(1, 2, 3))
-    return (-10 * mse.log10()).mean().item()
+    return psnr(output.clamp(-1, 1) / 2, pictures / 2).mean().item()
 
 
 @torch.no_grad()
@@ -117,17 +117,19 @@ def main() -> None:
         step += 1
         if elapsed - last_report >= 2:
             last_report = elapsed
-            row = dict(minutes=round(elapsed, 1), step=step, loss=loss.item(), psnr=psnr(ema.module, test[:64]))
+            row = dict(
+                minutes=round(elapsed, 1), step=step, loss=loss.item(), psnr=reconstruction_psnr(ema.module, test[:64])
+            )
             print(row, flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
             ema.module.save_pretrained(args.out.with_name(args.out.name + "-running"))
     vae = ema.module
     row = dict(stage=2 if args.decoder_only else 1, minutes=args.minutes, steps=step, batch=args.batch, seed=args.seed)
-    row |= dict(threads=args.threads, psnr=psnr(vae, test))
+    row |= dict(threads=args.threads, psnr=reconstruction_psnr(vae, test))
     if not args.decoder_only:
         row["latent_std_before"] = normalise_latents(vae, test)
-        row["psnr_after_scaling"] = psnr(vae, test)
+        row["psnr_after_scaling"] = reconstruction_psnr(vae, test)
     print(row, flush=True)
     log.write(json.dumps(row) + "\n")
     vae.save_pretrained(args.out)
