@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_quant import arch
+from flux_quant.converters.checkpoint import create_checkpoint
+from flux_quant.converters.container import TensorInfo
+from flux_quant.formats import FORMATS
 
 ORIGIN = {
     "modelspec.title": "flux1-tiny",
@@ -28,18 +30,21 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """BF16, in the order in which the tensors are used."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, path, {"format": "pt", **metadata})
-    print(
-        f"{path}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, "
-        f"{path.stat().st_size:,} bytes"
-    )
+    names = sorted(tensors, key=arch.running_order)
+    infos = [TensorInfo(name, tuple(tensors[name].shape), "bf16") for name in names]
+    with create_checkpoint(path, infos, metadata, force=True) as writer:
+        for name in names:
+            writer.write(name, FORMATS["bf16"].pack(tensors[name]))
+    parameters = sum(info.numel for info in infos)
+    print(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {path.stat().st_size:,} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, help="without it --out keeps the autoencoder it has")
     parser.add_argument("--flux", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -47,13 +52,14 @@ def main() -> None:
     state = saved["average"]
     steps = {"flux_quant.training_steps": str(saved["step"])}
     flux = part(state, "flux.")
-    write(args.out / "diffusion_models/flux1-tiny.safetensors", flux, torch.bfloat16, ORIGIN | steps)
+    write(args.out / "diffusion_models/flux1-tiny.safetensors", flux, ORIGIN | steps)
     t5 = {name: tensor for name, tensor in part(state, "t5.").items() if name != "encoder.embed_tokens.weight"}
-    write(args.out / "text_encoders/t5.safetensors", t5, torch.bfloat16, {})
+    write(args.out / "text_encoders/t5.safetensors", t5, {})
     clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
-    write(args.out / "text_encoders/clip_l.safetensors", clip, torch.bfloat16, {})
-    vae = arch.vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
-    write(args.out / "vae/ae.safetensors", vae, torch.bfloat16, {})
+    write(args.out / "text_encoders/clip_l.safetensors", clip, {})
+    if args.vae:
+        vae = arch.vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
+        write(args.out / "vae/ae.safetensors", vae, {})
     shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)
 
 
