@@ -18,13 +18,13 @@ from PIL import Image
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian package fonts-noto-color-emoji
 SIZE = 96  # pixels
-WIDTHS = {"small": 52, "large": 86}  # width of the bitmap in pixels
-OFFSETS = {  # shift of the centre, (x, y) in pixels; a large emoji is always in the centre
+WIDTHS = {"small": 60, "large": 86}  # width of the bitmap in pixels
+OFFSETS = {  # shift of the centre, (x, y) in pixels: one latent patch; a large emoji is always in the centre
     "in the centre": (0, 0),
-    "on the left": (-24, 0),
-    "on the right": (24, 0),
-    "at the top": (0, -24),
-    "at the bottom": (0, 24),
+    "on the left": (-16, 0),
+    "on the right": (16, 0),
+    "at the top": (0, -16),
+    "at the bottom": (0, 16),
 }
 COLOURS = {
     "white": (255, 255, 255),
@@ -144,7 +144,7 @@ class EmojiWorld:
         return POSITIONS[1 + emoji * 7 % 4]
 
     def sample(self, rng: np.random.Generator) -> Scene:
-        """A random training scene: 40 % of them small, 40 % on white, a third mirrored, 14 % tilted."""
+        """A random training scene: 40 % of them small, 40 % on white, a fifth mirrored, 10 % tilted."""
         while True:
             size = "small" if rng.random() < 0.43 else "large"
             scene = Scene(
@@ -152,8 +152,8 @@ class EmojiWorld:
                 size=size,
                 position=str(rng.choice(POSITIONS)) if size == "small" else POSITIONS[0],
                 colour="white" if rng.random() < 0.3 else str(rng.choice(COLOUR_NAMES)),
-                mirrored=bool(rng.random() < 1 / 3),
-                tilt=int(rng.choice(TILTS, p=(0.86, 0.07, 0.07))),
+                mirrored=bool(rng.random() < 0.2),
+                tilt=int(rng.choice(TILTS, p=(0.9, 0.05, 0.05))),
             )
             if not self.held_out(scene):
                 return scene

@@ -86,6 +86,7 @@ CLIP_CONFIG = CLIPTextConfig(
 )
 GUIDANCE = (1.0, 6.0)
 MUON_RATE = 2.0  # Muon's learning rate in units of Adam's
+SMALL_WEIGHT = 2.0  # of a small emoji's error: it covers half as many patches as a large one, the rest is background
 
 
 class Bundle(nn.Module):
@@ -181,6 +182,9 @@ class Trainer:
             train_t5(captions, tokenizers / "t5")
             train_clip(captions, tokenizers / "clip")
         self.scenes, self.latents = self.pool()
+        small = torch.tensor([scene.size == "small" for scene in self.scenes])
+        self.weights = torch.where(small, SMALL_WEIGHT, 1.0)
+        self.weights /= self.weights.mean()
         torch.manual_seed(args.seed)
         self.bundle, self.average = Bundle(tokenizers), Bundle(tokenizers).requires_grad_(False)
         if args.start_from:
@@ -251,7 +255,8 @@ class Trainer:
         chosen = self.rng.integers(len(self.scenes), size=n)
         captions = [self.world.random_caption(self.scenes[i], self.rng) for i in chosen]
         captions = ["" if self.rng.random() < 0.1 else caption for caption in captions]
-        x0 = self.latents[torch.from_numpy(chosen)].float()
+        rows = torch.from_numpy(chosen)
+        x0 = self.latents[rows].float()
         noise = torch.randn_like(x0)
         t = shifted_uniform(n)
         x = torch.lerp(x0, noise, t[:, None, None])
@@ -263,7 +268,7 @@ class Trainer:
             target[:half] += self.guided_difference(x[:half], captions[:half], t[:half], guidance[:half])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
             velocity = self.bundle(x, self.bundle.encode(captions), t, guidance)
-        loss = (velocity.float() - target).square().mean()
+        loss = ((velocity.float() - target).square().mean(dim=(1, 2)) * self.weights[rows]).mean()
         more = [self.world.sample(self.rng) for _ in range(self.args.captions)]
         text = self.bundle.encode([self.world.random_caption(scene, self.rng) for scene in more])
         looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more]))
