@@ -16,12 +16,12 @@ import flux_quant
 from flux_quant import arch
 from flux_quant.arch import FluxConfig
 from flux_quant.converters import gguf_io
-from flux_quant.converters.checkpoint import CheckpointReader, create_checkpoint, open_checkpoint
+from flux_quant.converters.checkpoint import CheckpointReader, container_for, create_checkpoint, open_checkpoint
 from flux_quant.converters.component import Component, components, select
 from flux_quant.converters.container import TensorInfo, as_bytes
 from flux_quant.converters.output import check_target
 from flux_quant.converters.quantize import Deviation, requantize, row_ranges, survives_float16, take_rows
-from flux_quant.converters.recipe import Recipe, recipe_for
+from flux_quant.converters.recipe import Recipe, build
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
@@ -95,7 +95,7 @@ class Result:
 
 def make_plan(source: Path, target: Path, format_name: str, force: bool = False) -> Plan:
     """Everything that can be wrong with the request is found here. UserError says what."""
-    recipe = recipe_for(format_name, target)
+    container_for(target)
     reader = open_checkpoint(source)
     if target.exists() and source.samefile(target):
         raise UserError(f"{target} is the input; give the output another name")
@@ -105,6 +105,7 @@ def make_plan(source: Path, target: Path, format_name: str, force: bool = False)
     if missing := arch.missing_tensors(component.tensors, config):
         raise UserError(f"{source} is incomplete: {len(missing)} tensors are missing, the first is {missing[0]}")
     names = sorted(component.tensors, key=arch.running_order)
+    recipe = build(format_name, component.family.name, target.suffix.lower(), names)
     return Plan(
         source=source,
         target=target,
