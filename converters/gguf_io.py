@@ -1,18 +1,24 @@
 """GGUF, version 3: the only file that imports gguf.
 
 The writer is strict: every offset is the running sum of padded sizes, the last tensor is padded too, no alignment key,
-no prefix, no reshaping; every reader takes that. The header is parsed here and not by `gguf.GGUFReader`, which builds
-one Python object per tokenizer entry and trusts the sizes it finds. Format: ggml-org/ggml docs/gguf.md.
+no prefix, no reshaping of its own; every reader takes that. The reader takes what is found in the wild as long as it
+cannot be misread, and `strict_problems` tells what ggml's own reader would refuse of it.
+
+The header is parsed here and not by `gguf.GGUFReader`, which is slow with vocabularies and trusts the sizes it finds.
+Values and their types: `gguf_values`. Format: ggml-org/ggml docs/gguf.md and src/gguf.cpp.
 """
 
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from flux_quant.converters.container import Contents, Layout, MappedFile, Place, TensorInfo
+from flux_quant.converters.gguf_values import MOST_DIMENSIONS, Cursor, key_value, string
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, Shape
 
@@ -22,46 +28,59 @@ VERSION = 3
 ALIGNMENT = 32
 QUANTIZATION_VERSION = 2
 LONGEST_NAME = 63  # GGML_MAX_NAME of stock ggml, without the terminator
+MOST_ELEMENTS = (1 << 63) - 1
+ALIGNMENT_KEY = "general.alignment"
 SHAPE_KEY = "comfy.gguf.orig_shape."
 
-# Format name -> tensor type, and -> `general.file_type`, which counts differently.
+# Format name -> tensor type.
 TYPES = {name: kind for kind in GGMLQuantizationType if (name := kind.name.lower()) in FORMATS}
-FILE_TYPES = {
-    name: kind
-    for kind in LlamaFileType
-    if (name := kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()) in TYPES
-}
 FORMAT_NAMES = {int(kind): kind.name.lower() for kind in GGMLQuantizationType}
 SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # (elements, bytes) of a block
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-UINT32, STRING, ARRAY = 4, 8, 9
+# Name of a recipe or a format -> `general.file_type`, which counts differently: Q4_K_S and Q4_K_M are made of Q4_K.
+FILE_TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(): kind for kind in LlamaFileType}
+FILE_TYPES |= {name: FILE_TYPES[f"{name}_s"] for name in ("q3_k", "q4_k", "q5_k")}
 
 
 def recognises(mapped: MappedFile) -> bool:
     return mapped.bytes(0, 4) == MAGIC
 
 
-def parse(mapped: MappedFile) -> Contents:
-    cursor = Cursor(mapped)
-    version = cursor.number("I")
+@dataclass(frozen=True)
+class Header:
+    metadata: dict[str, object]
+    rows: tuple[tuple[str, Shape, int, int], ...]  # name, shape, type, offset after `begin`; in the file's order
+    begin: int  # of the first tensor, counted from the first byte
+    alignment: int
+
+
+def read_header(mapped: MappedFile) -> Header:
+    cursor = Cursor(mapped, len(MAGIC))
+    version = cursor.uint32()
     if version not in (2, 3):
         raise UserError(f"{mapped.path} is GGUF version {version}; versions 2 and 3 are supported")
     tensor_count, key_count = cursor.count(24), cursor.count(12)
-    metadata = {}
+    metadata: dict[str, object] = {}
     for _ in range(key_count):
         key = cursor.string()
-        metadata[key] = cursor.value(cursor.number("I"))
-    rows = [(cursor.string(), cursor.shape(), cursor.number("I"), cursor.number("Q")) for _ in range(tensor_count)]
-    alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+        if not key or key in metadata:
+            what = f"the key {key} occurs twice" if key else "a key without a name"
+            raise UserError(f"{mapped.path}: {what}; the file is damaged")
+        metadata[key] = cursor.value()
+    rows = tuple((cursor.string(), cursor.shape(), cursor.uint32(), cursor.uint64()) for _ in range(tensor_count))
+    alignment = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
+    if type(alignment) is not int or alignment.bit_count() != 1:
         raise UserError(f"{mapped.path}: an alignment of {alignment} makes no sense; the file is damaged")
-    begin = cursor.offset + -cursor.offset % alignment
-    contents = Contents(CONTAINER, metadata)
-    for name, shape, kind, offset in sorted(rows, key=lambda row: row[3]):
-        place = place_of(mapped, name, shape, kind, begin + offset)
-        if SHAPE_KEY + name in metadata:
-            shape = original_shape(mapped, name, shape, kind, metadata[SHAPE_KEY + name])
+    return Header(metadata, rows, padded(cursor.offset, alignment), alignment)
+
+
+def parse(mapped: MappedFile) -> Contents:
+    header = read_header(mapped)
+    contents = Contents(CONTAINER, header.metadata)
+    for name, shape, kind, offset in sorted(header.rows, key=lambda row: row[3]):
+        place = place_of(mapped, name, shape, kind, header.begin + offset)
+        if SHAPE_KEY + name in header.metadata:
+            shape = original_shape(mapped, name, shape, kind, header.metadata[SHAPE_KEY + name])
             place = stored(shape, kind, place.offset)
         if name in contents.places:
             raise UserError(f"{mapped.path}: the tensor {name} occurs twice; the file is damaged")
@@ -69,59 +88,11 @@ def parse(mapped: MappedFile) -> Contents:
     return contents
 
 
-class Cursor:
-    """Reads the header from front to back, never beyond the end of the file."""
-
-    def __init__(self, mapped: MappedFile) -> None:
-        self.mapped, self.offset = mapped, len(MAGIC)
-
-    def take(self, count: int) -> bytes:
-        if self.offset + count > self.mapped.size:
-            path, size = self.mapped.path, self.mapped.size
-            raise UserError(f"{path} is truncated or damaged: its header goes beyond the {size:,} bytes of the file")
-        data = self.mapped.bytes(self.offset, count)
-        self.offset += count
-        return data
-
-    def number(self, code: str) -> int | float | bool:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def count(self, smallest: int) -> int:
-        """A number of things that take at least `smallest` bytes each."""
-        count = self.number("Q")
-        if count * smallest > self.mapped.size:
-            raise UserError(f"{self.mapped.path} is damaged: {count:,} entries in {self.mapped.size:,} bytes")
-        return count
-
-    def string(self) -> str:
-        return self.take(self.number("Q")).decode(errors="replace")
-
-    def shape(self) -> Shape:
-        """In torch's order; the file has the innermost dimension first."""
-        ndim = self.number("I")
-        if ndim > 8:
-            raise UserError(f"{self.mapped.path} is damaged: a tensor of {ndim:,} dimensions")
-        return tuple(self.number("Q") for _ in range(ndim))[::-1]
-
-    def value(self, kind: int) -> object:
-        if kind == STRING:
-            return self.string()
-        if kind in SCALARS:
-            return self.number(SCALARS[kind])
-        if kind != ARRAY:
-            raise UserError(f"{self.mapped.path} is damaged: a value of type {kind}")
-        kind, count = self.number("I"), self.count(1)
-        if kind in SCALARS:
-            code = f"<{count}{SCALARS[kind]}"
-            return list(struct.unpack(code, self.take(struct.calcsize(code))))
-        if kind != STRING:
-            raise UserError(f"{self.mapped.path} is damaged: an array of values of type {kind}")
-        return [self.string() for _ in range(count)]
-
-
 def place_of(mapped: MappedFile, name: str, shape: Shape, kind: int, offset: int) -> Place:
     if kind not in SIZES:
         raise UserError(f"{mapped.path}: {name} has the unknown type {kind}; the file is damaged or too new")
+    if prod(max(size, 1) for size in shape) > MOST_ELEMENTS:
+        raise UserError(f"{mapped.path}: the shape {list(shape)} of {name} is absurd; the file is damaged")
     block, _ = SIZES[kind]
     columns = shape[-1] if shape else 1
     if columns % block:
@@ -143,49 +114,95 @@ def stored(shape: Shape, kind: int, offset: int) -> Place:
 
 def original_shape(mapped: MappedFile, name: str, shape: Shape, kind: int, original: object) -> Shape:
     """Some converters rewrite (768, 320) as (960, 256) and keep the shape aside: blocks stay in the same order."""
-    if not isinstance(original, list) or prod(original) != prod(shape) or original[-1] % SIZES[kind][0]:
-        raise UserError(f"{mapped.path}: {name} {list(shape)} cannot be viewed as {original}, as its {SHAPE_KEY}* says")
-    return tuple(original)
+    numbers = isinstance(original, np.ndarray) and original.dtype.kind in "iu" and 0 < original.size <= 8
+    sizes = tuple(original.tolist()) if numbers else ()
+    if min(sizes, default=0) < 1 or prod(sizes) != prod(shape) or sizes[-1] % SIZES[kind][0]:
+        says = list(sizes) or type(original).__name__
+        raise UserError(f"{mapped.path}: {name} {list(shape)} cannot be viewed as {says}, as its {SHAPE_KEY}* says")
+    return sizes
 
 
-def model_metadata(architecture: str, format_name: str) -> dict[str, object]:
-    """The three keys that readers know. `format_name` is the format of the bulk of the weights."""
+def strict_problems(mapped: MappedFile) -> list[str]:
+    """Of a file that `parse` accepts: what ggml's own reader (and so llama.cpp) refuses, and bytes of no tensor."""
+    header, problems, previous, last = read_header(mapped), [], 0, 0
+    for name, shape, kind, offset in header.rows:
+        if len(name.encode()) > LONGEST_NAME:
+            problems.append(f"the name {name} has {len(name.encode())} bytes; stock readers allow {LONGEST_NAME}")
+        if offset != previous:
+            problems.append(f"{name} begins at byte {offset:,} of the data; {previous:,} was expected")
+        block, nbytes = SIZES[kind]
+        previous = padded(offset + prod(shape) // block * nbytes, header.alignment)
+        last = max(last, previous)
+    missing = header.begin + last - mapped.size
+    if header.rows and missing:
+        what = f"{missing} bytes of padding are missing" if missing > 0 else f"{-missing:,} bytes follow"
+        problems.append(f"{what} after the last tensor")
+    return problems
+
+
+def padded(count: int, alignment: int = ALIGNMENT) -> int:
+    return count + -count % alignment
+
+
+def model_metadata(architecture: str, recipe: str, bulk: str = "") -> dict[str, object]:
+    """The three keys that readers know.
+
+    `recipe` is a name that users know (q4_k_m, q8_0) or a format; a recipe without a number of its own takes that of
+    `bulk`, the format of most of its weights.
+    """
     return {
         "general.architecture": architecture,
         "general.quantization_version": QUANTIZATION_VERSION,
-        "general.file_type": int(FILE_TYPES[format_name]),
+        "general.file_type": int(FILE_TYPES[recipe if recipe in FILE_TYPES else bulk]),
+    }
+
+
+def split_name(prefix: str, number: int, count: int) -> str:
+    """File name of part `number` (from 0) of `count`, as llama.cpp looks for it: it counts from 1 there."""
+    return f"{prefix}-{number + 1:05d}-of-{count:05d}.gguf"
+
+
+def split_metadata(number: int, count: int, tensors: int) -> dict[str, object]:
+    """Keys of part `number` (from 0) of `count`; `tensors` of all parts. All other keys belong in the first part."""
+    return {
+        "split.no": np.uint16(number),
+        "split.count": np.uint16(count),
+        "split.tensors.count": np.int32(tensors),
     }
 
 
 def layout(infos: Iterable[TensorInfo], metadata: Mapping[str, object]) -> Layout:
-    """Tensors in the order given. Metadata: strings, and integers as uint32."""
+    """Tensors in the order given, metadata with the types that `gguf_values` describes.
+
+    A caller that reshapes a weight gives the shape to be stored, and the original as int32 under SHAPE_KEY + name.
+    """
     infos = list(infos)
+    if ALIGNMENT_KEY in metadata:
+        raise ValueError(f"{ALIGNMENT_KEY} is not written; the alignment is always {ALIGNMENT}")
     offset, offsets, rows = 0, {}, []
     for info in infos:
-        if info.format not in TYPES:
-            raise UserError(f"{info.name}: {info.format} cannot be stored as GGUF; use a .safetensors file")
-        if len(info.name.encode()) > LONGEST_NAME:
-            raise UserError(f"the name {info.name} has more than {LONGEST_NAME} bytes, which GGUF readers refuse")
-        if len(info.shape) > 4:
-            raise UserError(f"{info.name}: {len(info.shape)} dimensions; GGUF allows 4")
+        check_storable(info)
+        if info.name in offsets:
+            raise ValueError(f"the tensor {info.name} is there twice")
         shape = info.shape or (1,)
         dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
         rows.append(string(info.name) + dimensions + struct.pack("<IQ", TYPES[info.format], offset))
         offsets[info.name] = offset
-        offset += info.nbytes + -info.nbytes % ALIGNMENT
-    keys = [string(key) + value(content) for key, content in metadata.items()]
+        offset += padded(info.nbytes)
+    keys = [key_value(key, content) for key, content in metadata.items()]
     header = MAGIC + struct.pack("<IQQ", VERSION, len(rows), len(keys)) + b"".join(keys + rows)
     header += bytes(-len(header) % ALIGNMENT)
     places = {info.name: (stored(info.shape, TYPES[info.format], len(header) + offsets[info.name]),) for info in infos}
     return Layout(header, places, len(header) + offset)
 
 
-def string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def value(content: object) -> bytes:
-    if isinstance(content, int):
-        return struct.pack("<II", UINT32, content)
-    return struct.pack("<I", STRING) + string(str(content))
+def check_storable(info: TensorInfo) -> None:
+    if info.format not in TYPES:
+        raise UserError(f"{info.name}: {info.format} cannot be stored as GGUF; use a .safetensors file")
+    if len(info.name.encode()) > LONGEST_NAME:
+        raise UserError(f"the name {info.name} has more than {LONGEST_NAME} bytes, which GGUF readers refuse")
+    if len(info.shape) > MOST_DIMENSIONS:
+        raise UserError(f"{info.name}: {len(info.shape)} dimensions; GGUF allows {MOST_DIMENSIONS}")
+    block = FORMATS[info.format].block
+    if info.shape and info.shape[-1] % block:
+        raise UserError(f"{info.name}: {info.shape[-1]} columns are no multiple of {block}; {info.format} needs that")

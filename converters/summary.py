@@ -1,7 +1,7 @@
 """What is in a model file, from its header alone."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def summarize(path: Path) -> Summary:
 
 def shorten(value: object) -> str:
     """Tokenizers and thumbnails are metadata too."""
-    if isinstance(value, list):
+    if isinstance(value, Sized) and not isinstance(value, str):
         return f"{len(value):,} entries"
     text = " ".join(str(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
