@@ -198,13 +198,10 @@ def test_unwritable_directory(model, tmp_path, monkeypatch, capsys):
         patch.setattr(output.os, "access", lambda _, mode: mode == os.R_OK)
         check_failure(tmp_path, capsys, arguments, "no permission to write")
 
-    def refuse_new(path: Path, mode: str = "r") -> object:
-        if mode == "xb":
-            raise PermissionError(13, "Permission denied")
-        return real(path, mode)
+    def refuse(path: Path, *_: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    real = Path.open
-    monkeypatch.setattr(Path, "open", refuse_new)
+    monkeypatch.setattr(output.os, "open", refuse)
     check_failure(tmp_path, capsys, arguments, "Permission denied")
 
 
