@@ -1,28 +1,26 @@
-"""Model files as weights by name: open one, read from it, create one.
+"""Model files as weights by name: open one, read from it.
 
     with open_checkpoint(path) as reader:
         for name, info in reader.tensors.items():
             weight = load(reader, name)
 
 A reader knows names, unpacked shapes and formats from the header alone. `read` gives the stored parts of a weight as
-views of the mapped file. A writer is created from the full list of weights, so it writes its header first, holds no
-tensor, and knows the size of the file before it begins.
+views of the mapped file. Files are created by `writer.py`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
 from flux_quant.converters import gguf_io, safetensors_io
-from flux_quant.converters.container import Contents, Layout, MappedFile, TensorInfo, as_bytes
-from flux_quant.converters.output import OutputFile
+from flux_quant.converters.container import Contents, MappedFile, TensorInfo
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
-CONTAINERS = {".safetensors": safetensors_io, ".gguf": gguf_io}  # by the suffix of a file to be written
+CONTAINERS = {".safetensors": safetensors_io, ".gguf": gguf_io}  # by suffix
 
 
 class CheckpointReader(Protocol):
@@ -103,63 +101,7 @@ def load(reader: CheckpointReader, name: str) -> Tensor:
     return weight.clone() if weight.data_ptr() == parts[0].data_ptr() else weight
 
 
-class CheckpointWriter:
-    """Context manager. Every weight is written once, in any order; leaving it publishes the file if all are there."""
-
-    def __init__(self, path: Path, infos: Iterable[TensorInfo], layout: Layout, force: bool) -> None:
-        self.layout = layout
-        self.formats = {info.name: FORMATS[info.format] for info in infos}
-        self.pending = set(self.formats)
-        self.output = OutputFile(path, layout.nbytes, force)
-
-    @property
-    def temporary(self) -> Path:
-        """The file as long as it is not published."""
-        return self.output.temporary
-
-    def __enter__(self) -> "CheckpointWriter":
-        self.output.__enter__()
-        try:
-            for offset, data in ((0, self.layout.header), *self.layout.constants):
-                self.output.write(offset, data)
-        except BaseException:
-            self.output.discard()
-            raise
-        return self
-
-    def write(self, name: str, parts: tuple[Tensor, ...]) -> None:
-        self.pending.remove(name)
-        for place, part in zip(self.layout.places[name], parts, strict=True):
-            if (part.dtype, tuple(part.shape)) != (place.dtype, place.shape):
-                raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} in a place for {place.dtype} {place.shape}")
-            self.output.write(place.offset, as_bytes(part.cpu()).numpy().data)
-
-    def flush(self) -> None:
-        """All weights are written: from now on `temporary` can be opened as a checkpoint."""
-        if self.pending:
-            raise ValueError(f"{len(self.pending)} weights were not written, {min(self.pending)} among them")
-        self.output.flush()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self.flush()
-        except BaseException:
-            self.output.discard()
-            raise
-        self.output.__exit__(kind, error, _)
-
-
-def create_checkpoint(
-    path: str | Path, infos: Iterable[TensorInfo], metadata: Mapping[str, object], force: bool = False
-) -> CheckpointWriter:
-    """The container follows from the suffix. Nothing is created before the writer is entered."""
-    path, infos = Path(path), list(infos)
-    layout = container_for(path).layout(infos, metadata)
-    return CheckpointWriter(path, infos, layout, force)
-
-
-def container_for(path: Path):
+def container_for(path: Path) -> ModuleType:
     """The module that writes files of this name."""
     if path.suffix.lower() not in CONTAINERS:
         raise UserError(f"{path}: the name must end in {' or '.join(CONTAINERS)}")

@@ -16,12 +16,13 @@ import flux_quant
 from flux_quant import arch
 from flux_quant.arch import FluxConfig
 from flux_quant.converters import gguf_io
-from flux_quant.converters.checkpoint import CheckpointReader, container_for, create_checkpoint, open_checkpoint
+from flux_quant.converters.checkpoint import CheckpointReader, container_for, open_checkpoint
 from flux_quant.converters.component import Component, components, select
 from flux_quant.converters.container import TensorInfo, as_bytes
 from flux_quant.converters.output import check_target
 from flux_quant.converters.quantize import Deviation, requantize, row_ranges, survives_float16, take_rows
 from flux_quant.converters.recipe import Recipe, build
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
@@ -171,7 +172,7 @@ def run(plan: Plan, progress: Progress = lambda phase, done, total: None) -> Res
             done += info.numel
             progress("converting", done, total)
         writer.flush()
-        verify(plan, writer.temporary, progress)
+        verify(plan, writer.written[0][0], progress)
     return Result(
         path=plan.target,
         formats=dict(sorted(usage.items(), key=lambda item: -item[1].bytes)),

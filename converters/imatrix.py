@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from flux_quant.arch import PREFIXES, Shape
-from flux_quant.converters.checkpoint import CheckpointReader, create_checkpoint, load, open_checkpoint
+from flux_quant.converters.checkpoint import CheckpointReader, load, open_checkpoint
 from flux_quant.converters.container import MappedFile, TensorInfo
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
 
 FORMAT = "imatrix"

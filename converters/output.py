@@ -66,7 +66,8 @@ class OutputFile:
         self.temporary = self.target.with_name(f".{self.target.name}.part")
         self.journal = self.target.with_name(f".{self.target.name}.journal")
         self.finished: dict[str, object] = {}
-        check_space(path, nbytes, disk_bytes(self.temporary))
+        self.present = disk_bytes(self.temporary)  # already taken, by an earlier process
+        check_space(path, nbytes, self.present)
 
     def __enter__(self) -> "OutputFile":
         try:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_quant.converters.checkpoint import TensorInfo, create_checkpoint, load, open_checkpoint
+from flux_quant.converters.checkpoint import TensorInfo, load, open_checkpoint
 from flux_quant.converters.component import components
 from flux_quant.converters.gguf_io import TYPES
 from flux_quant.converters.safetensors_io import aligned_order
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
@@ -102,9 +103,9 @@ def test_every_tensor_is_aligned_and_blocks_stay_together(tmp_path, tiny_flux):
     infos = [TensorInfo(name, tuple(tiny_flux[name].shape), "fp8" if "_blocks" in name else "bf16") for name in names]
     infos = [i if len(i.shape) == 2 else TensorInfo(i.name, i.shape, "bf16") for i in infos]
     with create_checkpoint(tmp_path / "model.safetensors", infos, {}) as writer:
-        places = [place for name in names for place in writer.layout.places[name]]
+        places = [place for name in names for place in writer.layouts[0].places[name]]
         assert all(place.offset % place.dtype.itemsize == 0 for place in places)
-        starts = [writer.layout.places[name][0].offset for name in names]
+        starts = [writer.layouts[0].places[name][0].offset for name in names]
         assert starts == sorted(starts)
         for info in infos:
             writer.write(info.name, FORMATS[info.format].pack(tiny_flux[info.name]))

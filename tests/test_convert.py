@@ -28,7 +28,17 @@ from flux_quant.model import Flux
 RECIPES = [(name, suffix) for suffix, names in OFFERED.items() for name in names if BASES.get(name, name) in FORMATS]
 GGUF = [name for name, suffix in RECIPES if suffix == ".gguf"]
 F32_WEIGHTS = ("img_in", "time_in.in_layer", "vector_in.in_layer", "guidance_in.in_layer", "final_layer.linear")
-LEAST_SNR = {"q8_0": 44, "q5_1": 28, "q5_0": 26, "q4_1": 21, "q4_0": 20, "fp8": 30, "f16": 70, "bf16": 50, "fp8_plain": 25}
+LEAST_SNR = {
+    "q8_0": 44,
+    "q5_1": 28,
+    "q5_0": 26,
+    "q4_1": 21,
+    "q4_0": 20,
+    "fp8": 30,
+    "f16": 70,
+    "bf16": 50,
+    "fp8_plain": 25,
+}
 
 
 def convert(source: Path, target: Path, format_name: str, **options: object) -> Result:
@@ -230,7 +240,9 @@ def test_plan_is_the_file(tmp_path, tiny_flux_file):
 @pytest.mark.parametrize(("format_name", "suffix"), RECIPES)
 def test_recipes_name_formats_that_exist(format_name, suffix):
     recipe = build(format_name, "FLUX.1", suffix)
-    assert {name for _, name in recipe.rows} <= {*FORMATS, "keep", "wide", "bulk"} and set(recipe.fallbacks) <= set(FORMATS)
+    assert {name for _, name in recipe.rows} <= {*FORMATS, "keep", "wide", "bulk"} and set(recipe.fallbacks) <= set(
+        FORMATS
+    )
     assert recipe.rows[-1][0] == "*" and dataclasses.is_dataclass(recipe)
 
 

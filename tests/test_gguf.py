@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from flux_quant.converters import gguf_io
-from flux_quant.converters.checkpoint import TensorInfo, create_checkpoint, open_checkpoint
+from flux_quant.converters.checkpoint import TensorInfo, open_checkpoint
 from flux_quant.converters.container import MappedFile
 from flux_quant.converters.gguf_io import FILE_TYPES, TYPES
 from flux_quant.converters.gguf_values import DTYPES
 from flux_quant.converters.summary import summarize
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flux_quant import arch
-from flux_quant.converters.checkpoint import create_checkpoint
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.formats import FORMATS
 
 ORIGIN = {
