@@ -39,6 +39,7 @@ LIBRARIES = {  # library -> where it may be imported
     "numba": "flux_quant.kernels",
     "gguf": "flux_quant.converters.gguf_io",
     "safetensors": "flux_quant.converters.safetensors_io",
+    "sentencepiece": "flux_quant.converters.t5_tokenizer",
 }
 LAZY = {"diffusers", "transformers", "accelerate"}  # slow to import: inside functions, from `model` upwards
 FREE = "flux_quant.benchmarks.tiny_flux"  # training scripts, outside the product
