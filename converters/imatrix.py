@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux_quant.arch import PREFIXES, Shape
 from flux_quant.converters.checkpoint import CheckpointReader, load, open_checkpoint
 from flux_quant.converters.container import MappedFile, TensorInfo
 from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
+from flux_quant.formats import Shape
 
 FORMAT = "imatrix"
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 512  # bytes; ggml itself allows 63
+PREFIXES = ("model.diffusion_model.", "text_encoders.t5xxl.transformer.", "text_encoders.clip_l.transformer.")
 SMALLEST_ENTRY = 4 + 1 + 4 + 4 + 4  # a name of one byte, the number of calls, one value
 
 
@@ -50,7 +51,7 @@ def read_imatrix(path: str | Path) -> dict[str, Tensor]:
 
 
 def bare_name(name: str) -> str:
-    return next((name[len(prefix) :] for prefix in PREFIXES if prefix and name.startswith(prefix)), name)
+    return next((name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
 def from_vectors(reader: CheckpointReader) -> dict[str, Tensor]:
