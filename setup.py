@@ -56,7 +56,7 @@ setup(
         # would be of no use there. Without triton everything runs on the torch path.
         "triton": ["triton>=3.6; platform_system == 'Linux'", "triton-windows>=3.6; platform_system == 'Windows'"],
         "train": ["fonttools>=4.50"],
-        "dev": ["pytest>=8", "ruff>=0.12"],
+        "dev": ["libgguf>=0.2.2", "pytest>=8", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["flux-quant = flux_quant.cli:main"]},
 )

@@ -16,7 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flux_quant.codecs import fp8, legacy, plain
+from flux_quant.codecs import fp8, iq4, kquants, legacy, plain
+from flux_quant.codecs.search import SEARCHES, choose, element_weights
 
 Shape = tuple[int, ...]
 
@@ -32,13 +33,18 @@ class Part:
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """A way to store a weight of shape (..., K). `pack` takes any float dtype, `unpack` gives float32."""
+    """A way to store a weight of shape (..., K). `pack` takes any float dtype, `unpack` gives float32.
+
+    `search` is `pack` with scales searched for the lowest error, each column weighted with `importance` (K,) >= 0, the
+    mean square of that input of the layer. Formats without a scale to search have none.
+    """
 
     name: str
     block: int  # K must be a multiple of it
     parts: tuple[Part, ...]
     pack: Callable[[Tensor], tuple[Tensor, ...]]
     unpack: Callable[..., Tensor]
+    search: Callable[..., tuple[Tensor, ...]] | None = None  # (weight, importance=None) -> parts
 
     def fits(self, shape: Shape) -> bool:
         return self.block == 1 or (len(shape) >= 2 and shape[-1] % self.block == 0)
@@ -82,8 +88,13 @@ def plain_format(name: str, dtype: torch.dtype) -> QuantFormat:
     return QuantFormat(name, 1, (Part("weight", dtype, same_shape),), plain.pack_as(dtype), plain.unpack)
 
 
-def block_format(name: str, block: int, nbytes: int, pack: Callable, unpack: Callable) -> QuantFormat:
-    """A GGUF layout from its functions on blocks: (n, block) float32 <-> (n, nbytes) uint8."""
+def block_format(
+    name: str, block: int, nbytes: int, unpack: Callable, pack: Callable | None = None, store: Callable | None = None
+) -> QuantFormat:
+    """A GGUF layout from its functions on blocks: unpack (n, nbytes) uint8 -> (n, block) float32, pack the reverse.
+
+    `store` writes a Choice of the search; without a `pack` of its own, the search without importance is `pack`.
+    """
 
     def pack_rows(weight: Tensor) -> tuple[Tensor]:
         blocks = pack(weight.float().reshape(-1, block))
@@ -93,8 +104,16 @@ def block_format(name: str, block: int, nbytes: int, pack: Callable, unpack: Cal
         values = unpack(data.reshape(-1, nbytes))
         return values.view(*data.shape[:-1], data.shape[-1] // nbytes * block)
 
+    def search_rows(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor]:
+        weight, search = weight.float().contiguous(), SEARCHES[name]
+        weights = None if importance is None else element_weights(search, weight, importance, block)
+        blocks = store(choose(search, weight.reshape(-1, block), weights))
+        return (blocks.view(bytes_per_row(block, nbytes, weight.shape)),)
+
     part = Part("weight", torch.uint8, partial(bytes_per_row, block, nbytes))
-    return QuantFormat(name, block, (part,), pack_rows, unpack_rows)
+    return QuantFormat(
+        name, block, (part,), pack_rows if pack else search_rows, unpack_rows, search_rows if store else None
+    )
 
 
 FP8_DATA = Part("weight", torch.float8_e4m3fn, same_shape)
@@ -108,10 +127,17 @@ FORMATS: dict[str, QuantFormat] = {
         plain_format("bf16", torch.bfloat16),
         QuantFormat("fp8", 1, (FP8_DATA, FP8_SCALE), fp8.pack_scaled, fp8.unpack_scaled),
         QuantFormat("fp8_plain", 1, (FP8_DATA,), fp8.pack_unscaled, plain.unpack),
-        block_format("q8_0", 32, 2 + 32, legacy.pack_q8_0, legacy.unpack_q8_0),
-        block_format("q5_1", 32, 2 + 2 + 4 + 16, legacy.pack_q5_1, legacy.unpack_q5_1),
-        block_format("q5_0", 32, 2 + 4 + 16, legacy.pack_q5_0, legacy.unpack_q5_0),
-        block_format("q4_1", 32, 2 + 2 + 16, legacy.pack_q4_1, legacy.unpack_q4_1),
-        block_format("q4_0", 32, 2 + 16, legacy.pack_q4_0, legacy.unpack_q4_0),
+        block_format("q8_0", 32, 2 + 32, legacy.unpack_q8_0, legacy.pack_q8_0),
+        block_format("q5_1", 32, 2 + 2 + 4 + 16, legacy.unpack_q5_1, legacy.pack_q5_1, legacy.store_q5_1),
+        block_format("q5_0", 32, 2 + 4 + 16, legacy.unpack_q5_0, legacy.pack_q5_0, legacy.store_q5_0),
+        block_format("q4_1", 32, 2 + 2 + 16, legacy.unpack_q4_1, legacy.pack_q4_1, legacy.store_q4_1),
+        block_format("q4_0", 32, 2 + 16, legacy.unpack_q4_0, legacy.pack_q4_0, legacy.store_q4_0),
+        block_format("q6_k", 256, 128 + 64 + 16 + 2, kquants.unpack_q6_k, store=kquants.store_q6_k),
+        block_format("q5_k", 256, 2 + 2 + 12 + 32 + 128, kquants.unpack_q5_k, store=kquants.store_q5_k),
+        block_format("q4_k", 256, 2 + 2 + 12 + 128, kquants.unpack_q4_k, store=kquants.store_q4_k),
+        block_format("q3_k", 256, 32 + 64 + 12 + 2, kquants.unpack_q3_k, store=kquants.store_q3_k),
+        block_format("q2_k", 256, 16 + 64 + 2 + 2, kquants.unpack_q2_k, store=kquants.store_q2_k),
+        block_format("iq4_xs", 256, 2 + 2 + 4 + 128, iq4.unpack_iq4_xs, store=iq4.store_iq4_xs),
+        block_format("iq4_nl", 32, 2 + 16, iq4.unpack_iq4_nl, store=iq4.store_iq4_nl),
     )
 }

@@ -22,35 +22,44 @@ ERROR_BOUNDS = {
     "q5_0": 1 / 16 + 2**-11,  # a whole step at the end of the range that has no code
     "q4_1": 1 / 15 + 2**-10,
     "q4_0": 1 / 8 + 2**-11,
+    "q6_k": 1 / 16,  # from here on a search may cut off the ends: about two steps
+    "q5_k": 1 / 8,
+    "q4_k": 1 / 6,
+    "q3_k": 1 / 3,
+    "q2_k": 1 / 2,
+    "iq4_xs": 1 / 6,
+    "iq4_nl": 1 / 6,
 }
 SMALLEST_NORMAL = {"f16": 2**-14, "fp8": 2**-6, "fp8_plain": 2**-6}  # below it the steps no longer shrink
-GGML = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+GGML = tuple(name for name, fmt in FORMATS.items() if fmt.block > 1)
+REFERENCE = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # `pack` gives ggml's own bytes
 
 
-def gaussian(rows: int, columns: int = 96) -> Tensor:
+def gaussian(rows: int, columns: int = 256) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.03
 
 
 def ties() -> Tensor:
     """Blocks whose largest magnitude occurs with both signs, and values half way between two codes."""
     codes = torch.arange(-16, 16).float()
-    return torch.stack([codes * 0.5, codes.flip(0) * 0.5, codes.sign() * 3.0, (codes + 0.5) / 8, codes / 127 * 8])
+    rows = torch.stack([codes * 0.5, codes.flip(0) * 0.5, codes.sign() * 3.0, (codes + 0.5) / 8, codes / 127 * 8])
+    return rows.repeat(1, 8)
 
 
 INPUTS = {
     "gaussian": gaussian(64),
     "one row": gaussian(1),
-    "odd rows": gaussian(17, 160),
-    "zeros": torch.zeros(3, 64),
+    "odd rows": gaussian(17, 768),
+    "zeros": torch.zeros(3, 512),
     "tiny": gaussian(5) * 1e-7,
     "below float16": gaussian(5) * 1e-25,
     "huge": gaussian(5) * 1e4,
     "beyond float16": gaussian(5) * 1e8,
     "negative": -gaussian(7).abs(),
     "positive": gaussian(7).abs() + 0.01,
-    "constant": torch.full((2, 32), 0.37),
+    "constant": torch.full((2, 256), 0.37),
     "ties": ties(),
-    "one outlier": torch.nn.functional.pad(gaussian(3, 31), (1, 0), value=-4.0),
+    "one outlier": torch.nn.functional.pad(gaussian(3, 255), (1, 0), value=-4.0),
 }
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -66,7 +75,7 @@ def dequantized(fmt: QuantFormat, weight: Tensor) -> Tensor:
 
 
 @formats
-@pytest.mark.parametrize("shape", [(1, 32), (5, 64), (17, 3072), (2, 3, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 256), (5, 512), (17, 3072), (2, 3, 768)], ids=str)
 def test_parts_are_what_the_row_says(fmt, shape):
     parts = fmt.pack(torch.randn(shape))
     assert fmt.fits(shape)
@@ -80,7 +89,9 @@ def test_parts_are_what_the_row_says(fmt, shape):
 def test_bits_per_weight():
     bits = {name: fmt.bits_per_weight for name, fmt in FORMATS.items()}
     plain = {"f32": 32, "f16": 16, "bf16": 16, "fp8": 8, "fp8_plain": 8}
-    assert bits == plain | {"q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
+    legacy = {"q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5, "iq4_nl": 4.5}
+    k_quants = {"q6_k": 6.5625, "q5_k": 5.5, "q4_k": 4.5, "q3_k": 3.4375, "q2_k": 2.625, "iq4_xs": 4.25}
+    assert bits == plain | legacy | k_quants
 
 
 @formats
@@ -124,7 +135,7 @@ def test_packing_the_unpacked_again_stays_near(fmt, weight):
 def test_rows_are_independent(fmt):
     """Joining q, k and v along the rows commutes with packing; a format with one scale per tensor cannot promise it."""
     top, bottom = gaussian(3), gaussian(5) * 7
-    if any(part.shape((8, 96)) == () for part in fmt.parts):
+    if any(part.shape((8, 256)) == () for part in fmt.parts):
         pytest.skip("one scale for the whole tensor")
     pieces = zip(fmt.pack(top), fmt.pack(bottom), strict=True)
     for whole, piece in zip(fmt.pack(torch.cat([top, bottom])), pieces, strict=True):
@@ -133,8 +144,8 @@ def test_rows_are_independent(fmt):
 
 @formats
 def test_any_memory_layout(fmt):
-    weight = gaussian(64, 64)
-    for view in (weight.T, weight[::2], weight[:, 32:]):
+    weight = gaussian(256, 512)
+    for view in (weight[:, :256].T, weight[::2], weight[:, 256:]):
         assert torch.equal(dequantized(fmt, view), dequantized(fmt, view.contiguous()))
     stored = fmt.pack(weight)
     padded = torch.nn.functional.pad(stored[0].view(torch.uint8), (0, 16)).view(stored[0].dtype)
@@ -144,8 +155,8 @@ def test_any_memory_layout(fmt):
 
 @formats
 def test_meta_device_gives_shapes(fmt):
-    parts = fmt.pack(torch.empty(6, 64, device="meta"))
-    assert fmt.unpack(*parts).shape == (6, 64)
+    parts = fmt.pack(torch.empty(6, 256, device="meta"))
+    assert fmt.unpack(*parts).shape == (6, 256)
 
 
 @formats
@@ -164,7 +175,7 @@ def test_cuda_equals_cpu(fmt, weight):
     assert torch.equal(fmt.unpack(*parts).nan_to_num(1e9), there.nan_to_num(1e9))
 
 
-@pytest.mark.parametrize("name", GGML)
+@pytest.mark.parametrize("name", REFERENCE)
 @inputs
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_gguf_package_agrees(name, weight):
@@ -176,20 +187,21 @@ def test_gguf_package_agrees(name, weight):
     assert np.array_equal(data.numpy(), expected)
     values = gguf.quants.dequantize(expected, kind)
     assert np.array_equal(FORMATS[name].unpack(data).numpy(), values, equal_nan=True)
-    block = FORMATS[name].block
-    assert (block, FORMATS[name].nbytes((1, block))) == gguf.GGML_QUANT_SIZES[kind]
 
 
 @pytest.mark.parametrize("name", GGML)
-def test_gguf_package_reads_any_bytes_alike(name):
-    gguf = pytest.importorskip("gguf")
-    fmt = FORMATS[name]
+@pytest.mark.parametrize("package", ["gguf", "libgguf"])
+def test_other_packages_read_any_bytes_alike(name, package):
+    """gguf is ggml's Python, libgguf ggml's own code."""
+    judge = pytest.importorskip(package)
+    fmt, kind = FORMATS[name], judge.GGMLQuantizationType[name.upper()]
     shape = fmt.parts[0].shape((64, 8 * fmt.block))
     data = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    kind = gguf.GGMLQuantizationType[name.upper()]
+    dequantize = judge.quants.dequantize if package == "gguf" else judge.dequantize_rows
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(data.numpy(), kind)
+        expected = dequantize(data.numpy(), kind)
     assert np.array_equal(fmt.unpack(data).numpy(), expected, equal_nan=True)
+    assert (fmt.block, fmt.nbytes((1, fmt.block))) == judge.GGML_QUANT_SIZES[kind]
 
 
 def e4m3fn(code: int) -> float:

@@ -12,7 +12,7 @@ from flux_quant.formats import FORMATS
 from flux_quant.kernels import dispatch
 from flux_quant.linear import QuantLinear
 
-N, K = 48, 96
+N, K = 48, 256
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

@@ -54,7 +54,7 @@ def test_t5_equals_transformers(copies: str, t5: T5EncoderModel, tmp_path: Path)
     torch.testing.assert_close(load_t5(tmp_path / "t5.safetensors")(ids)[0], t5(ids)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.block <= 32])
 @torch.no_grad()
 def test_t5_on_any_format(name: str, t5: T5EncoderModel, monkeypatch: pytest.MonkeyPatch):
     """transformers casts activations to the dtype of `wo.weight`: a packed one must not drag them along."""

@@ -1,0 +1,44 @@
+"""What a quantizer decides about blocks of a GGUF format, before it is written as bytes.
+
+The searches (torch: `search`, CPU loops: `kernels.cpu_quantize`) end in a Choice; `kquants`, `iq4` and `legacy` turn a
+Choice into the bytes of their format and read those bytes again.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """n blocks of one format in G groups: codes as they are stored (from 0), scales and minimums as integers."""
+
+    codes: Tensor  # (n, elements) uint8
+    d: Tensor  # (n, 1) float32 that float16 holds exactly
+    m: Tensor | None = None  # (n, 1) float32: the minimum (Q4_1, Q5_1) or what the minimums are multiples of (dmin)
+    scales: Tensor | None = None  # (n, G) int16, signed where the format is
+    mins: Tensor | None = None  # (n, G) int16, from 0
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """(n, 1) float32 -> (n, 2) uint8, the bytes of the float16."""
+    return values.to(torch.float16).view(torch.uint8)
+
+
+def half_values(data: Tensor) -> Tensor:
+    """(n, 2) uint8 -> (n, 1) float32."""
+    return data.contiguous().view(torch.float16).float()
+
+
+def join_bits(fields: Tensor, width: int) -> Tensor:
+    """(..., f, e) uint8 of `width` bits each -> (..., e) uint8; the first of the f fields in the lowest bits."""
+    out = fields[..., 0, :]
+    for i in range(1, fields.shape[-2]):
+        out = out | fields[..., i, :] << width * i
+    return out
+
+
+def split_bits(data: Tensor, width: int) -> Tensor:
+    """The inverse of `join_bits`: (..., e) uint8 -> (..., 8 // width, e) uint8."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
+    return data.unsqueeze(-2) >> shifts.unsqueeze(-1) & (1 << width) - 1
