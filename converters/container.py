@@ -7,7 +7,7 @@ Numbers found in a file are compared with its size before anything is done with 
 
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -53,6 +53,14 @@ class Place:
         return self.offset + self.nbytes
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A way of storing that has no row in FORMATS, but is understood: its stored tensors -> one plain tensor."""
+
+    kind: str  # "fp8_e5m2", "fp8 per row"
+    unpack: Callable[..., Tensor]
+
+
 @dataclass
 class Contents:
     """A parsed header. `foreign` holds tensors of types that have no row in FORMATS, with the file's own type name."""
@@ -62,6 +70,10 @@ class Contents:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     places: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # of the parts, in the format's order
     foreign: dict[str, TensorInfo] = field(default_factory=dict)
+    converted: dict[str, Converted] = field(default_factory=dict)  # tensors that are unpacked when they are read
+    helpers: set[str] = field(default_factory=set)  # stored tensors that are no weights: scales, markers
+    input_scales: dict[str, Place] = field(default_factory=dict)  # by the name of the weight
+    notes: tuple[str, ...] = ()  # what was left out
 
     def add(self, info: TensorInfo, *places: Place) -> None:
         (self.tensors if info.format in FORMATS else self.foreign)[info.name] = info

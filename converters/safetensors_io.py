@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from flux_quant.arch import block_of
-from flux_quant.converters import fp8_layout
+from flux_quant.converters import fp8_layout, fp8_reading
 from flux_quant.converters.container import Contents, Layout, MappedFile, Place, TensorInfo
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
@@ -36,7 +36,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_plain"}
 
 
 def recognises(mapped: MappedFile) -> bool:
@@ -49,17 +48,8 @@ def parse(mapped: MappedFile) -> Contents:
     entries = {name: place_of(mapped, name, entry, begin) for name, entry in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].end)))
     check_coverage(mapped, entries, begin)
-    scales, helpers = fp8_layout.find_scales(mapped, entries, metadata)
-    metadata = {key: value for key, value in metadata.items() if key != fp8_layout.METADATA_KEY}
-    contents = Contents(CONTAINER, metadata)
-    for name, place in entries.items():
-        if name in helpers:
-            continue
-        if name in scales:
-            scale = entries[scales[name]]
-            contents.add(TensorInfo(name, place.shape, "fp8"), place, replace(scale, shape=()))
-        else:
-            contents.add(TensorInfo(name, place.shape, PLAIN.get(place.dtype, NAMES[place.dtype].lower())), place)
+    contents = Contents(CONTAINER, {key: value for key, value in metadata.items() if key != fp8_layout.METADATA_KEY})
+    fp8_reading.add_tensors(contents, mapped, entries, metadata)
     return contents
 
 

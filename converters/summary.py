@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux_quant.arch import Family, block_of
+from flux_quant.arch import block_of
 from flux_quant.converters.checkpoint import CONTAINERS, open_checkpoint
 from flux_quant.converters.component import components
 from flux_quant.errors import UserError
+from flux_quant.families import Family
 
 
 @dataclass(frozen=True)

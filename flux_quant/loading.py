@@ -19,6 +19,7 @@ from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
 from flux_quant.model import Flux
+from flux_quant.naming import vae_to_diffusers
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -31,7 +32,7 @@ def shapes_of(reader: CheckpointReader) -> dict[str, arch.Shape]:
 
 def load_flux(path: str | Path) -> Flux:
     """The engine over the file's weights, on the CPU, in evaluation mode."""
-    reader = open_component(path, "FLUX.1", "BFL")
+    reader = open_component(path, "FLUX.1")
     with torch.device("meta"):
         model = Flux(arch.FluxConfig.from_shapes(shapes_of(reader)))
     bind(model, reader)
@@ -42,7 +43,7 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
     """A T5 v1.1 encoder from Hugging Face names; activations and norms stay in float32 (T5 overflows in float16)."""
     from transformers import T5Config, T5EncoderModel
 
-    reader = open_component(path, "T5 encoder", "Hugging Face")
+    reader = open_component(path, "T5 encoder")
     shapes = shapes_of(reader)
     block = "encoder.block.0.layer.{}."
     buckets, heads = shapes[block.format(0) + "SelfAttention.relative_attention_bias.weight"]
@@ -86,7 +87,7 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
     """CLIP-L's text tower, float32. `end_of_text` is the tokenizer's id of the token whose state is pooled."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    reader = open_component(path, "CLIP-L", "Hugging Face")
+    reader = open_component(path, "CLIP-L")
     shapes = shapes_of(reader)
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     config = CLIPTextConfig(
@@ -112,10 +113,10 @@ def load_vae(path: str | Path) -> "AutoencoderKL":
     """diffusers' AutoencoderKL from BFL names, float32."""
     from diffusers import AutoencoderKL
 
-    reader = open_component(path, "VAE", "BFL")
+    reader = open_component(path, "VAE")
     tensors = {name: load(reader, name) for name in reader.tensors}
     model = AutoencoderKL(**arch.vae_config(tensors))
-    fill(model, arch.vae_to_diffusers(tensors), reader.path)
+    fill(model, vae_to_diffusers(tensors), reader.path)
     return model.eval()
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_quant import arch
+from flux_quant import arch, naming
 from flux_quant.arch import FluxConfig
 from flux_quant.errors import UserError
+from flux_quant.families import Family, identify
 
 Shape = tuple[int, ...]
 
@@ -152,7 +153,7 @@ def test_incomplete_transformer_is_a_user_error():
 
 @configs
 def test_key_map_covers_the_diffusers_model_exactly(config):
-    assert shapes_of(arch.to_diffusers(on_meta(flux_shapes(config)))) == diffusers_shapes(config)
+    assert shapes_of(naming.to_diffusers(on_meta(flux_shapes(config)))) == diffusers_shapes(config)
 
 
 def test_key_map_produces_every_name_once():
@@ -165,7 +166,7 @@ def test_key_map_keeps_the_numbers():
     """Rows in order, every value once; only the halves of the final modulation change places."""
     config = CONFIGS["tiny"]
     tensors = {name: torch.arange(shape[0]).float() for name, shape in flux_shapes(config).items()}
-    out = arch.to_diffusers(tensors)
+    out = naming.to_diffusers(tensors)
     h = config.hidden
     q, k, v, mlp = (
         out[f"single_transformer_blocks.4.{name}.weight"]
@@ -192,8 +193,8 @@ def test_vae_covers_the_diffusers_model_exactly(size):
     tensors = on_meta(vae_shapes(**size))
     with torch.device("meta"):
         expected = AutoencoderKL(**arch.vae_config(tensors))
-    assert shapes_of(arch.vae_to_diffusers(tensors)) == shapes_of(expected.state_dict())
-    assert shapes_of(arch.vae_from_diffusers(arch.vae_to_diffusers(tensors))) == shapes_of(tensors)
+    assert shapes_of(naming.vae_to_diffusers(tensors)) == shapes_of(expected.state_dict())
+    assert shapes_of(naming.vae_from_diffusers(naming.vae_to_diffusers(tensors))) == shapes_of(tensors)
 
 
 def test_vae_constants_are_those_of_flux():
@@ -230,7 +231,7 @@ FAMILIES = {
     "T5 of llama.cpp": (T5_LLAMA_CPP, ("T5 encoder", "", "llama.cpp")),
     "CLIP": (CLIP, ("CLIP-L", "", "Hugging Face")),
     "VAE": (vae_shapes(), ("VAE", "", "BFL")),
-    "VAE of diffusers": (shapes_of(arch.vae_to_diffusers(on_meta(vae_shapes()))), ("VAE", "", "diffusers")),
+    "VAE of diffusers": (shapes_of(naming.vae_to_diffusers(on_meta(vae_shapes()))), ("VAE", "", "diffusers")),
     "FLUX.2": (FLUX2 | flux_shapes(DEV), ("FLUX.2", "", "BFL")),
     "Chroma": (CHROMA, ("Chroma", "", "BFL")),
     "nothing": ({}, None),
@@ -240,13 +241,13 @@ FAMILIES = {
 
 @pytest.mark.parametrize(("shapes", "expected"), FAMILIES.values(), ids=[name.replace(" ", "-") for name in FAMILIES])
 def test_identify(shapes, expected):
-    assert arch.identify(shapes) == (expected and arch.Family(*expected))
+    assert identify(shapes) == (expected and Family(*expected))
 
 
 @pytest.mark.parametrize("name", ["dev", "schnell", "Fill", "Depth"])
 def test_identify_diffusers_naming(name):
-    family = arch.identify(diffusers_shapes(CONFIGS[name]))
-    assert family == arch.Family("FLUX.1", "Depth or Canny" if name == "Depth" else name, "diffusers")
+    family = identify(diffusers_shapes(CONFIGS[name]))
+    assert family == Family("FLUX.1", "Depth or Canny" if name == "Depth" else name, "diffusers")
 
 
 @pytest.mark.parametrize(
@@ -262,5 +263,5 @@ def test_identify_diffusers_naming(name):
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_relatives_in_diffusers_are_not_flux1(name, expected):
-    family = arch.identify(diffusers_model(name))
-    assert family == (expected and arch.Family(expected, "", "diffusers"))
+    family = identify(diffusers_model(name))
+    assert family == (expected and Family(expected, "", "diffusers"))

@@ -161,7 +161,7 @@ REFUSED = {
     "scale of another type": ({"m.weight": DATA.float(), "m.weight_scale": SCALE}, "is float32"),
     "orphan marker": ({"m.comfy_quant": MARKER}, "its weight is not"),
     "marked without scale": ({"m.weight": DATA, "m.comfy_quant": MARKER}, "has no scale"),
-    "scale per row": ({"m.weight": DATA, "m.weight_scale": torch.ones(8, 1)}, "not one scale per tensor"),
+    "scales that do not fit": ({"m.weight": DATA, "m.weight_scale": torch.ones(3, 1)}, "does not divide"),
     "another format": ({"m.weight": DATA, "m.weight_scale": SCALE, "m.comfy_quant": OTHER_MARKER}, "nvfp4"),
     "broken marker": ({"m.weight": DATA, "m.weight_scale": SCALE, "m.comfy_quant": MARKER[:9]}, "damaged"),
     "quanto": ({"m.weight._data": DATA, "m.weight._scale": SCALE}, "quanto"),
@@ -207,15 +207,15 @@ def test_gguf_of_other_writers(tmp_path):
     writer.add_array("tokenizer.tokens", ["a", "bc"])
     writer.add_array("comfy.gguf.orig_shape.w", [30, 64])
     writer.add_tensor("w", gguf.quants.quantize(values.view(15, 128).numpy(), TYPES["q8_0"]), raw_dtype=TYPES["q8_0"])
-    codes = torch.zeros(2, 136, dtype=torch.uint8).numpy()
-    writer.add_tensor("k", codes, raw_dtype=gguf.GGMLQuantizationType.IQ4_XS)
+    codes = torch.zeros(2, 66, dtype=torch.uint8).numpy()
+    writer.add_tensor("k", codes, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     reader = open_checkpoint(path)
     assert reader.metadata["tokenizer.tokens"] == ["a", "bc"]
     assert reader.tensors["w"] == TensorInfo("w", (30, 64), "q8_0")
     assert torch.equal(reader.read("w")[0], FORMATS["q8_0"].pack(values)[0])
-    assert reader.foreign["k"] == TensorInfo("k", (2, 256), "iq4_xs") and reader.nbytes("k") == 272
+    assert reader.foreign["k"] == TensorInfo("k", (2, 256), "iq2_xxs") and reader.nbytes("k") == 132
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ FOLDERS |= {"benchmarks": "flux_quant.benchmarks"}
 # A room imports rooms above its own line here, and itself. Rooms of one line do not know each other.
 LAYERS = (
     {"errors", "codecs"},
-    {"formats", "arch"},
+    {"formats", "layouts"},
+    {"naming"},
+    {"arch", "families"},
     {"kernels", "streaming"},
     {"linear", "converters"},
     {"model", "lora", "modulation", "planner"},

@@ -16,6 +16,7 @@ from flux_quant import arch
 from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.writer import create_checkpoint
 from flux_quant.formats import FORMATS
+from flux_quant.naming import vae_from_diffusers
 
 ORIGIN = {
     "modelspec.title": "flux1-tiny",
@@ -58,7 +59,7 @@ def main() -> None:
     clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
     write(args.out / "text_encoders/clip_l.safetensors", clip, {})
     if args.vae:
-        vae = arch.vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
+        vae = vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
         write(args.out / "vae/ae.safetensors", vae, {})
     shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)
 
