@@ -76,14 +76,17 @@ def read_header(mapped: MappedFile) -> Header:
 
 def parse(mapped: MappedFile) -> Contents:
     header = read_header(mapped)
-    contents = Contents(CONTAINER, header.metadata)
+    contents, end = Contents(CONTAINER, header.metadata), header.begin
     for name, shape, kind, offset in sorted(header.rows, key=lambda row: row[3]):
+        if name in contents.places:
+            raise UserError(f"{mapped.path}: the tensor {name} occurs twice; the file is damaged")
         place = place_of(mapped, name, shape, kind, header.begin + offset)
+        if place.offset < end and place.nbytes:
+            raise UserError(f"{mapped.path}: {name} begins inside the tensor before it; the file is damaged")
+        end = max(end, place.end)
         if SHAPE_KEY + name in header.metadata:
             shape = original_shape(mapped, name, shape, kind, header.metadata[SHAPE_KEY + name])
             place = stored(shape, kind, place.offset)
-        if name in contents.places:
-            raise UserError(f"{mapped.path}: the tensor {name} occurs twice; the file is damaged")
         contents.add(TensorInfo(name, shape, FORMAT_NAMES[kind]), place)
     return contents
 

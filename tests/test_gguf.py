@@ -310,6 +310,7 @@ REFUSED = {
     "part of a block": (header((), (tensor("t", 33, 1, kind=8),)), "no multiple of 32"),
     "retired type": (header((), (tensor("t", 32, kind=4),)), "unknown type 4"),
     "beyond the end": (header((), (tensor("t", 4, offset=32),)), "truncated"),
+    "overlap": (header((), (tensor("a", 4), tensor("b", 4, offset=12)), 64), "b begins inside the tensor before it"),
     "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
     "more tensors than bytes": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 40, 0), "entries in"),
 }
@@ -328,7 +329,6 @@ TWO = (tensor("a", 4), tensor("b", 4, offset=32))
 NOT_STRICT = {
     "gap": (header((), (tensor("a", 4), tensor("b", 4, offset=64)), 96), ["b begins at byte 64 of the data; 32"]),
     "order": (header((), TWO[::-1], 64), ["b begins at byte 32 of the data; 0", "a begins at byte 0 of the data; 64"]),
-    "shared": (header((), (tensor("a", 4), tensor("b", 4)), 64), ["b begins at byte 0", "32 bytes follow after"]),
     "tail": (header((), TWO, 48), ["16 bytes of padding are missing after the last tensor"]),
     "rest": (header((), TWO, 64 + 7), ["7 bytes follow after the last tensor"]),
     "name": (header((), (tensor("n" * 64, 4),)), ["has 64 bytes; stock readers allow 63"]),
