@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flux_quant.converters import folders, gguf_io, safetensors_io
+from flux_quant.converters import folders, gguf_io, pickle_io, safetensors_io
 from flux_quant.converters.container import Contents, MappedFile, TensorInfo
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
@@ -172,14 +172,16 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 
 
 def open_file(path: Path) -> FileReader:
-    """Safetensors or GGUF, told apart by the first bytes."""
+    """Safetensors, GGUF or a PyTorch pickle, told apart by the first bytes."""
     mapped = MappedFile(path)
     for module in CONTAINERS.values():
         if module.recognises(mapped):
             return FileReader(mapped, module.parse(mapped))
-    if mapped.bytes(0, 2) == b"PK" or mapped.bytes(0, 1) == b"\x80":
-        raise UserError(f"{path} is a pickle, which can run code when it is read; save it as safetensors first")
-    raise UserError(f"{path} is neither safetensors nor GGUF (first bytes {mapped.bytes(0, 8).hex(' ')})")
+    if pickle_io.recognises(mapped):
+        return FileReader(*pickle_io.load(path, zipped=mapped.bytes(0, 1) == b"P"))
+    raise UserError(
+        f"{path} is neither safetensors nor GGUF nor a PyTorch pickle (first bytes {mapped.bytes(0, 8).hex(' ')})"
+    )
 
 
 def check_split(readers: list[FileReader]) -> None:

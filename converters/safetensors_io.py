@@ -20,7 +20,8 @@ from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
 CONTAINER = "safetensors"
-LARGEST_HEADER = 100_000_000  # the library's own limit
+LARGEST_HEADER = 8_000_000  # bytes; FLUX.1 in FP8 has 200,000, and reading one takes 25 times its size of memory
+LARGEST_NDIM = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,23 +62,43 @@ def read_header(mapped: MappedFile) -> tuple[dict, int]:
     if 8 + length > mapped.size:
         raise UserError(f"{mapped.path} is truncated: its header takes {length:,} bytes, the file has {mapped.size:,}")
     try:
-        header = json.loads(mapped.bytes(8, length))
+        header = json.loads(mapped.bytes(8, length).decode(), object_pairs_hook=table_of)
+    except DuplicateName as error:
+        raise UserError(f"{mapped.path}: {error} occurs twice in the header; the file is damaged") from None
     except (ValueError, RecursionError):
         raise UserError(f"{mapped.path}: the header of {length:,} bytes is damaged (not JSON)") from None
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise UserError(f"{mapped.path}: the header is damaged (not a table of tensors)")
     return header, 8 + length
+
+
+class DuplicateName(ValueError):
+    pass
+
+
+def table_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; json itself would take the last of two values."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateName(next(name for name in names if names.count(name) > 1))
+    return table
 
 
 def place_of(mapped: MappedFile, name: str, entry: object, begin: int) -> Place:
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
+        if len(shape) > LARGEST_NDIM or not all(
+            type(number) is int and number >= 0 for number in (*shape, first, last)
+        ):
             raise ValueError
+        if prod(number or 1 for number in shape) >= 1 << 63:  # torch multiplies empty dimensions as well
+            raise ValueError
+        name.encode()  # JSON can express half a character
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{mapped.path}: the header's entry for {name} is damaged") from None
-    if dtype not in DTYPES:
+        raise UserError(f"{mapped.path}: the header's entry for {name[:80]} is damaged") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{mapped.path}: {name} has the type {dtype}, which is not supported")
     place = Place(begin + first, DTYPES[dtype], shape)
     if place.nbytes != last - first:
