@@ -14,7 +14,7 @@ from flux_quant.errors import UserError
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 SUFFIXES = (".safetensors", ".gguf")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of PyTorch; `.bin` may be anything, so only in folders of models
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # in folders of models; elsewhere such files may be anything
 PIPELINE = "model_index.json"
 COMPONENTS = ("transformer", "unet", "controlnet", "text_encoder", "text_encoder_2", "vae")  # what we look for in it
 LARGEST_INDEX = 50_000_000  # bytes; that of FLUX.1 has 120,000
@@ -97,7 +97,7 @@ def weight_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def sets_in(folder: Path) -> dict[str, Path]:
     """The models of a folder: label -> its first file. Pickles only where nothing else lies."""
     found: dict[str, Path] = {}
-    files = weight_files(folder, SUFFIXES) or weight_files(folder, PICKLES if is_model(folder) else PICKLES[1:])
+    files = weight_files(folder, SUFFIXES) or (weight_files(folder, PICKLES) if is_model(folder) else [])
     for path in files:
         shard = SHARD.search(path.name)
         label = SHARD.sub(f" ({int(shard[2])} shards)", path.name) if shard else path.name
@@ -107,7 +107,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
 
 def is_model(folder: Path) -> bool:
     """Whether a library has saved one model here."""
-    return (folder / "config.json").is_file() or folder.name in COMPONENTS
+    return (folder / "config.json").is_file()
 
 
 def model_set(folder: Path) -> list[Path]:
@@ -136,5 +136,6 @@ def model_paths(folder: Path) -> Iterator[Path]:
     yield from parts
     if not parts:
         yield from sets_in(folder).values()
-    for child in sorted(path for path in folder.iterdir() if path.is_dir() and path not in parts):
+    children = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    for child in sorted(path for path in children if path not in parts):
         yield from model_paths(child)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flux_quant.arch import block_of
-from flux_quant.converters.checkpoint import CONTAINERS, open_checkpoint
+from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import components
+from flux_quant.converters.folders import SUFFIXES, model_paths, resolve
 from flux_quant.errors import UserError
 from flux_quant.families import Family
 
@@ -33,7 +34,7 @@ class Summary:
     metadata: dict[str, str]
     tensors: int
     parameters: int
-    bytes: int  # of the whole file
+    bytes: int  # of the whole file, or of all of them
     formats: dict[str, FormatUse]  # most bytes first
     blocks: dict[str, int]  # bytes of each block, in file order
 
@@ -52,12 +53,12 @@ def summarize(path: Path) -> Summary:
         infos = [*reader.tensors.values(), *reader.foreign.values()]
         found = {component.prefix: component.family for component in components(reader)}
         blocks, parameters = Counter(), Counter()
-        tensors, sizes = Counter(info.format for info in infos), Counter()
+        tensors, sizes = Counter(reader.stored_as(info.name) for info in infos), Counter()
         for info in infos:
             prefix = next((prefix for prefix in found if prefix and info.name.startswith(prefix)), "")
             blocks[prefix + block_of(info.name.removeprefix(prefix))] += reader.nbytes(info.name)
-            parameters[info.format] += info.numel
-            sizes[info.format] += reader.nbytes(info.name)
+            parameters[reader.stored_as(info.name)] += info.numel
+            sizes[reader.stored_as(info.name)] += reader.nbytes(info.name)
         return Summary(
             path=path,
             families=found,
@@ -65,7 +66,7 @@ def summarize(path: Path) -> Summary:
             metadata={key: shorten(value) for key, value in reader.metadata.items()},
             tensors=len(infos),
             parameters=parameters.total(),
-            bytes=path.stat().st_size,
+            bytes=sum(file.stat().st_size for _, file in resolve(path).files),
             formats={name: FormatUse(tensors[name], parameters[name], size) for name, size in sizes.most_common()},
             blocks=dict(blocks),
         )
@@ -80,8 +81,8 @@ def shorten(value: object) -> str:
 
 
 def find_checkpoints(folder: Path) -> Iterator[Path]:
-    """Model files below a folder, also nested, in the order of their names. UserError if there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in CONTAINERS and path.is_file())
+    """Models below a folder, each once (see `folders.model_paths`). UserError if there is none."""
+    found = list(model_paths(folder))
     if not found:
-        raise UserError(f"{folder} holds no {' or '.join(CONTAINERS)} file")
+        raise UserError(f"{folder} holds no {' or '.join(SUFFIXES)} file")
     yield from found

@@ -1,7 +1,8 @@
 """Which files make a picture: the transformer, two text encoders, the VAE, the tokenizers; found beside each other.
 
 A model folder is laid out as ComfyUI's: `diffusion_models` (or `unet`), `text_encoders` (or `clip`), `vae`, and beside
-them `tokenizers` with the folders `t5` and `clip`. Files are told apart by their tensors, never by their names.
+them `tokenizers` with the folders `t5` and `clip`; or as diffusers': `transformer`, `text_encoder`, `text_encoder_2`,
+`vae`, `tokenizer`, `tokenizer_2`. Models are told apart by their tensors, never by their names.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import components
+from flux_quant.converters.folders import SUFFIXES, is_model, sets_in
 from flux_quant.errors import UserError
 
 FOLDERS = {  # component -> folders of a ComfyUI models directory, newest name first
@@ -20,7 +22,6 @@ FOLDERS = {  # component -> folders of a ComfyUI models directory, newest name f
     "vae": ("vae",),
 }
 FAMILIES = {"transformer": "FLUX.1", "t5": "T5 encoder", "clip": "CLIP-L", "vae": "VAE"}
-SUFFIXES = (".safetensors", ".gguf")
 BUNDLED = Path(__file__).parent / "tiny_flux"  # the trained model that ships with the package
 
 
@@ -42,15 +43,16 @@ def find_components(
     vae: Path | None = None,
     tokenizers: Path | None = None,
 ) -> Components:
-    """Everything beside `model`, a transformer file or a models directory, that is not given.
+    """Everything beside `model`, a transformer (a file, a shard, a folder) or a directory of models, that is not given.
 
     UserError that names what is missing, where it was looked for, and the option to give it.
     """
     if not model.exists():
         raise UserError(f"{model}: no such file or directory")
-    roots = [model] if model.is_dir() else [model.parent, model.parent.parent]
+    alone = model.is_dir() and is_model(model)
+    roots = [model] if model.is_dir() and not alone else [model.parent, model.parent.parent]
     return Components(
-        transformer=model if model.is_file() else choose("transformer", roots, "--model FILE"),
+        transformer=model if model.is_file() or alone else choose("transformer", roots, "--model FILE"),
         t5=t5 or choose("t5", roots, "--t5"),
         clip=clip or choose("clip", roots, "--clip"),
         vae=vae or choose("vae", roots, "--vae"),
@@ -59,7 +61,7 @@ def find_components(
 
 
 def choose(component: str, roots: list[Path], option: str) -> Path:
-    """The one file of this kind in the component's folders below the roots."""
+    """The one model of this kind in the component's folders below the roots."""
     family = FAMILIES[component]
     found = [path for path in candidates(component, roots) if matches(path, family)]
     if len(found) == 1:
@@ -71,11 +73,11 @@ def choose(component: str, roots: list[Path], option: str) -> Path:
 
 
 def candidates(component: str, roots: list[Path]) -> Iterator[Path]:
-    """Model files in the roots and in the component's folders, each once."""
+    """Models in the roots and in the component's folders, each once: files, and first shards."""
     folders = dict.fromkeys(folder for root in roots for folder in (root, *(root / n for n in FOLDERS[component])))
     for folder in folders:
         if folder.is_dir():
-            yield from sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+            yield from (path for path in sets_in(folder).values() if path.suffix.lower() in SUFFIXES)
 
 
 def matches(path: Path, family: str) -> bool:

@@ -5,7 +5,7 @@ the mapped file: nothing is unpacked or copied that a forward pass can unpack it
 embeddings, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,7 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
     with torch.device("meta"):
         model = T5EncoderModel(config)
     model.encoder.embed_tokens = model.shared
-    bind(model, reader, unused=("encoder.embed_tokens.weight", "decoder.", "lm_head."))
+    bind(model, reader)
     for block in model.encoder.block:
         feed_forward = block.layer[1].DenseReluDense
         feed_forward.wo = Opaque(feed_forward.wo)
@@ -104,7 +104,6 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
     model = CLIPTextModel(config)
     prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
     state = {name.removeprefix(prefix): load(reader, name) for name in shapes if name.startswith("text_model.")}
-    state.pop("embeddings.position_ids", None)
     fill(model, state, reader.path)
     return model.eval()
 
@@ -128,12 +127,12 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     model.requires_grad_(False)
 
 
-def bind(model: nn.Module, reader: CheckpointReader, unused: Iterable[str] = ()) -> None:
+def bind(model: nn.Module, reader: CheckpointReader) -> None:
     """Give a model on the meta device its weights: linears as stored, the rest in float32.
 
-    Names in the file must be the model's, no more and no less, except those that begin with one of `unused`.
+    Names in the reader must be the model's, no more and no less.
     """
-    found = {name: shape for name, shape in shapes_of(reader).items() if not name.startswith(tuple(unused))}
+    found = shapes_of(reader)
     report_difference({name: tuple(p.shape) for name, p in model.named_parameters()}, found, reader.path)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
