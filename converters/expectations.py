@@ -1,7 +1,7 @@
 """What a model's tensors should look like, and what breaks a GGUF file in one reader or another.
 
-Of FLUX.1 every name and shape is known. Of the others it is known that blocks of one kind are alike: a tensor that most
-of them have is missing in the rest, and a shape that most of them share is wrong elsewhere.
+Of FLUX.1 every name and shape is known. Of the others it is known that blocks of one kind are alike: a tensor that one
+of them has is missing in the rest, and a shape that most of them share is wrong elsewhere.
 Traps: tried out with ComfyUI-GGUF, diffusers, stable-diffusion.cpp and llama.cpp.
 """
 
@@ -21,10 +21,11 @@ TIME_CHANNELS = 256  # of FLUX.1's timestep and guidance embedding
 
 ARCHITECTURES = {"FLUX.1": ("flux",), "T5 encoder": ("t5encoder", "t5"), "SDXL": ("sdxl",)}  # general.architecture
 ALIKE = ("FLUX ControlNet", "T5 encoder", "CLIP-L", "CLIP-G")  # families whose blocks of one kind are all the same
+FIRST_BLOCK_ONLY = "layer.0.SelfAttention.relative_attention_bias.weight"  # of T5
 REQUIRED = {  # family -> what it has beside blocks
     "T5 encoder": (
         "shared.weight",
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        f"encoder.block.0.{FIRST_BLOCK_ONLY}",
         "encoder.final_layer_norm.weight",
     ),
     "CLIP-L": ("text_model.embeddings.position_embedding.weight", "text_model.final_layer_norm.weight"),
@@ -85,7 +86,7 @@ def flux_problems(shapes: Mapping[str, Shape]) -> Iterator[str]:
 
 
 def odd_blocks(shapes: Mapping[str, Shape]) -> Iterator[str]:
-    """Blocks that lack a tensor most of their kind have, or have it in another shape."""
+    """Blocks that lack a tensor that others of their kind have, or have it in another shape."""
     kinds: dict[tuple[str, str], dict[int, Shape]] = {}  # (name before, after the block's number) -> shape by number
     blocks: dict[str, int] = {}  # name before the number -> how many there should be
     for name, shape in shapes.items():
@@ -94,7 +95,7 @@ def odd_blocks(shapes: Mapping[str, Shape]) -> Iterator[str]:
             kinds.setdefault((kind, name.removeprefix(f"{kind}.{number}.")), {})[int(number)] = shape
             blocks[kind] = max(blocks.get(kind, 0), int(number) + 1)
     for (kind, end), found in kinds.items():
-        if 2 * len(found) > blocks[kind]:
+        if end != FIRST_BLOCK_ONLY:
             yield from (f"{kind}.{i}.{end} is missing" for i in range(blocks[kind]) if i not in found)
         usual, _ = Counter(found.values()).most_common(1)[0]
         for i, shape in found.items():
