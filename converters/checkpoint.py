@@ -37,6 +37,10 @@ class CheckpointReader(Protocol):
         """The parts of a weight, in the order of its format. They are views of the file: never write into them."""
         ...
 
+    def stored(self, name: str) -> tuple[Tensor, ...]:
+        """What lies in the file for a weight, of any type: views, in the order of the format."""
+        ...
+
     def nbytes(self, name: str) -> int:
         """Stored bytes of a weight, foreign ones included."""
         ...
@@ -72,11 +76,14 @@ class FileReader:
     def read(self, name: str) -> tuple[Tensor, ...]:
         if name in self.foreign:
             raise UserError(f"{self.path}: {name} has the type {self.foreign[name].format}, which is not supported")
-        stored = [self.mapped.tensor(place) for place in self.places[name]]
+        stored = self.stored(name)
         if name in self.contents.converted:
             return (self.contents.converted[name].unpack(*stored),)
         parts = FORMATS[self.tensors[name].format].parts
         return tuple(tensor.to(part.dtype) for tensor, part in zip(stored, parts, strict=True))
+
+    def stored(self, name: str) -> tuple[Tensor, ...]:
+        return tuple(self.mapped.tensor(place) for place in self.places[name])
 
     def nbytes(self, name: str) -> int:
         return sum(place.nbytes for place in self.places[name])
@@ -128,6 +135,10 @@ class MergedReader:
     def read(self, name: str) -> tuple[Tensor, ...]:
         reader, inner = self.places[name]
         return reader.read(inner)
+
+    def stored(self, name: str) -> tuple[Tensor, ...]:
+        reader, inner = self.places[name]
+        return reader.stored(inner)
 
     def nbytes(self, name: str) -> int:
         reader, inner = self.places[name]

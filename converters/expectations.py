@@ -6,13 +6,12 @@ Traps: tried out with ComfyUI-GGUF, diffusers, stable-diffusion.cpp and llama.cp
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from flux_quant import arch
 from flux_quant.arch import FluxConfig
 from flux_quant.converters.checkpoint import CheckpointReader
 from flux_quant.converters.component import Component
-from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.gguf_io import SHAPE_KEY
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, Shape
@@ -106,40 +105,41 @@ def odd_blocks(shapes: Mapping[str, Shape]) -> Iterator[str]:
 def gguf_warnings(reader: CheckpointReader, found: list[Component]) -> Iterator[str]:
     """What one reader or another makes of a GGUF file that we can read."""
     infos = {**reader.tensors, **reader.foreign}
+    kinds = {name: reader.stored_as(name) for name in infos}
     family = found[0].family.name if found else ""
-    yield from architecture_warnings(reader.metadata, family, infos)
+    yield from architecture_warnings(reader.metadata, family, set(kinds.values()))
     if reader.metadata.get("split.count", 1) != 1:
         yield "the model is split: ComfyUI-GGUF, diffusers and stable-diffusion.cpp read the first file alone"
     if reader.foreign:
-        kinds = ", ".join(sorted({info.format for info in reader.foreign.values()}))
-        yield f"{len(reader.foreign)} tensors of the type {kinds} were not checked; diffusers cannot read them either"
+        foreign = ", ".join(sorted({info.format for info in reader.foreign.values()}))
+        yield f"{len(reader.foreign)} tensors of the type {foreign} were not checked; diffusers cannot read them either"
     if any(component.prefix for component in found):
         yield f"names begin with {found[0].prefix}, which some tools for GGUF refuse"
-    vectors = [name for name, info in infos.items() if len(info.shape) == 1 and info.format not in ("f32", "f16")]
+    vectors = [name for name, info in infos.items() if len(info.shape) == 1 and kinds[name] not in ("f32", "f16")]
     if vectors:
-        what = f"{len(vectors)} vectors are neither F32 nor F16 ({vectors[0]}: {infos[vectors[0]].format})"
+        what = f"{len(vectors)} vectors are neither F32 nor F16 ({vectors[0]}: {kinds[vectors[0]]})"
         yield f"{what}: diffusers cannot compute with them"
     if family == "FLUX.1":
         yield from flux_warnings(reader, found[0])
 
 
-def architecture_warnings(
-    metadata: Mapping[str, object], family: str, infos: Mapping[str, TensorInfo]
-) -> Iterator[str]:
+def architecture_warnings(metadata: Mapping[str, object], family: str, kinds: Collection[str]) -> Iterator[str]:
     named, expected = metadata.get("general.architecture"), ARCHITECTURES.get(family, ())
     if named is None:
         yield "general.architecture is missing: ComfyUI-GGUF refuses text encoders without it and guesses other models"
     elif expected and named not in expected:
         yield f"general.architecture is {named}; readers expect {expected[0]} for a {family}"
-    quantized = any(info.format not in FORMATS or not FORMATS[info.format].is_plain for info in infos.values())
-    if quantized and "general.quantization_version" not in metadata:
+    if (
+        any(kind not in FORMATS or not FORMATS[kind].is_plain for kind in kinds)
+        and "general.quantization_version" not in metadata
+    ):
         yield "general.quantization_version is missing, which the format demands of quantized files"
 
 
 def flux_warnings(reader: CheckpointReader, component: Component) -> Iterator[str]:
-    first = component.tensors.get("img_in.weight") or component.foreign.get("img_in.weight")
-    if first and first.format not in ("f32", "f16"):
-        yield f"img_in.weight is {first.format}: diffusers takes its width in bytes for the model's variant"
+    kind = component.stored_as("img_in.weight") if "img_in.weight" in component.places else "f32"
+    if kind not in ("f32", "f16"):
+        yield f"img_in.weight is {kind}: diffusers takes its width in bytes for the model's variant"
     reshaped = [key for key in reader.metadata if key.startswith(SHAPE_KEY)]
     if reshaped:
         yield f"{len(reshaped)} tensors are reshaped ({reshaped[0]}): only ComfyUI-GGUF knows how to read them"

@@ -10,14 +10,14 @@ Values and their types: `gguf_values`. Format: ggml-org/ggml docs/gguf.md and sr
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from flux_quant.converters.container import Contents, Layout, MappedFile, Place, TensorInfo
+from flux_quant.converters.container import Contents, Converted, Layout, MappedFile, Place, TensorInfo
 from flux_quant.converters.gguf_values import MOST_DIMENSIONS, Cursor, key_value, string
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, Shape
@@ -85,10 +85,19 @@ def parse(mapped: MappedFile) -> Contents:
             raise UserError(f"{mapped.path}: {name} begins inside the tensor before it; the file is damaged")
         end = max(end, place.end)
         if SHAPE_KEY + name in header.metadata:
-            shape = original_shape(mapped, name, shape, kind, header.metadata[SHAPE_KEY + name])
-            place = stored(shape, kind, place.offset)
-        contents.add(TensorInfo(name, shape, FORMAT_NAMES[kind]), place)
+            shape = original_shape(mapped, name, shape, header.metadata[SHAPE_KEY + name])
+        add(contents, TensorInfo(name, shape, FORMAT_NAMES[kind]), place)
     return contents
+
+
+def add(contents: Contents, info: TensorInfo, place: Place) -> None:
+    """Packed rows stay packed. Where blocks cross rows, or a vector is packed, reading unpacks the weight."""
+    fmt = FORMATS.get(info.format)
+    if fmt and not fmt.fits(info.shape):
+        contents.converted[info.name] = Converted(fmt.name, lambda data: fmt.unpack(data).view(info.shape))
+        contents.add(TensorInfo(info.name, info.shape, "f32"), place)
+    else:
+        contents.add(info, replace(place, shape=fmt.parts[0].shape(info.shape)) if fmt else place)
 
 
 def place_of(mapped: MappedFile, name: str, shape: Shape, kind: int, offset: int) -> Place:
@@ -115,11 +124,11 @@ def stored(shape: Shape, kind: int, offset: int) -> Place:
     return Place(offset, torch.uint8, (prod(shape) // block * nbytes,))
 
 
-def original_shape(mapped: MappedFile, name: str, shape: Shape, kind: int, original: object) -> Shape:
-    """Some converters rewrite (768, 320) as (960, 256) and keep the shape aside: blocks stay in the same order."""
+def original_shape(mapped: MappedFile, name: str, shape: Shape, original: object) -> Shape:
+    """Some converters rewrite (768, 320) as (960, 256) and keep the shape aside: values stay in the same order."""
     numbers = isinstance(original, np.ndarray) and original.dtype.kind in "iu" and 0 < original.size <= 8
     sizes = tuple(original.tolist()) if numbers else ()
-    if min(sizes, default=0) < 1 or prod(sizes) != prod(shape) or sizes[-1] % SIZES[kind][0]:
+    if min(sizes, default=0) < 1 or prod(sizes) != prod(shape):
         says = list(sizes) or type(original).__name__
         raise UserError(f"{mapped.path}: {name} {list(shape)} cannot be viewed as {says}, as its {SHAPE_KEY}* says")
     return sizes

@@ -7,7 +7,7 @@ Tensors are matched by canonical names, so the other file may have other names, 
 in slices of rows: the memory is that of a slice, or of one weight where its rows lie in several tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from pathlib import Path
@@ -81,7 +81,7 @@ def verify(path: Path, against: Path | None = None, progress: Progress = lambda 
         check_values(reader, report, progress)
         models = check_models(reader, report)
         if against is None:
-            report.rows = [Row(p + n, i.shape, i.format, m.nbytes(n)) for p, m in models.items() for n, i in all_of(m)]
+            report.rows = [row_of(p, m, info) for p, m in models.items() for info in all_of(m).values()]
         else:
             with open_checkpoint(against) as source:
                 compare_all(report, models, models_of(source), progress)
@@ -136,7 +136,7 @@ def check_values(reader: CheckpointReader, report: Report, progress: Progress) -
         if (row := first_bad_row(FORMATS[info.format], parts, info.shape)) is not None:
             report.problems.append(f"{name} ({info.format}) holds NaN or infinite values, first in row {row}")
         if name in sums:
-            right = checksums.checksum(parts) == sums[name]
+            right = checksums.checksum(reader.stored(name)) == sums[name]
             report.checksums += right
             if not right:
                 report.problems.append(f"{name} has changed since it was written: its SHA-256 is another")
@@ -178,9 +178,12 @@ def models_of(reader: CheckpointReader) -> dict[str, Model]:
     return {component.prefix: component for component in components(reader)} or {"": reader}
 
 
-def all_of(model: Model) -> Iterator[tuple[str, TensorInfo]]:
-    yield from model.tensors.items()
-    yield from model.foreign.items()
+def all_of(model: Model) -> dict[str, TensorInfo]:
+    return {**model.tensors, **model.foreign}
+
+
+def row_of(prefix: str, model: Model, info: TensorInfo) -> Row:
+    return Row(prefix + info.name, info.shape, model.stored_as(info.name), model.nbytes(info.name))
 
 
 def compare_all(report: Report, models: dict[str, Model], sources: dict[str, Model], progress: Progress) -> None:
@@ -191,12 +194,12 @@ def compare_all(report: Report, models: dict[str, Model], sources: dict[str, Mod
         raise UserError(f"{report.path} ({kinds[0]}) and {report.against} ({kinds[1]}) have no model in common")
     if left := [family_of(m) for p, m in models.items() if p not in [pair[0] for pair in pairs]]:
         report.warnings.append(f"{report.against} has no {', '.join(left)} to compare with")
-    total, done = sum(info.numel for _, model, _ in pairs for _, info in all_of(model)), 0
+    total, done = sum(info.numel for _, model, _ in pairs for info in all_of(model).values()), 0
     for prefix, model, source in pairs:
-        theirs = dict(all_of(source))
-        for name, info in all_of(model):
+        theirs = all_of(source)
+        for name, info in all_of(model).items():
             progress("comparing", done, total)
-            row = Row(prefix + name, info.shape, info.format, model.nbytes(name))
+            row = row_of(prefix, model, info)
             other = theirs.pop(name, None)
             if other is None:
                 report.problems.append(f"{row.name} is not in {report.against}")
@@ -207,7 +210,7 @@ def compare_all(report: Report, models: dict[str, Model], sources: dict[str, Mod
                 report.warnings.append(f"{row.name} was not compared: {info.format} and {other.format}")
             else:
                 deviation, identical = deviation_of(model, source, info, other)
-                row = replace(row, source_format=other.format, deviation=deviation, identical=identical)
+                row = replace(row, source_format=source.stored_as(name), deviation=deviation, identical=identical)
             report.rows.append(row)
             done += info.numel
         report.problems += [f"{prefix}{name} is missing; {report.against} has it" for name in theirs]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_quant.converters import gguf_io
-from flux_quant.converters.checkpoint import TensorInfo, open_checkpoint
+from flux_quant.converters.checkpoint import TensorInfo, load, open_checkpoint
 from flux_quant.converters.container import MappedFile
 from flux_quant.converters.gguf_io import FILE_TYPES, TYPES
 from flux_quant.converters.gguf_values import DTYPES
@@ -204,16 +204,38 @@ def test_mistakes_of_callers(tmp_path):
 
 @pytest.mark.parametrize("original", [np.array([3, 10, 16], np.int32), [3, 10, 16]], ids=["array", "list"])
 def test_reshaped_tensor_keeps_its_shape_aside(tmp_path, original):
-    """(3, 10, 16) stored as (15, 32), which Q8_0 can hold."""
+    """(3, 10, 16) stored as (15, 32), which Q8_0 can hold: its blocks cross rows, so reading unpacks it."""
     info = TensorInfo("a.weight", (15, 32), "q8_0")
     path = write(tmp_path / "x.gguf", [info], {"comfy.gguf.orig_shape.a.weight": original})
-    field = gguf.GGUFReader(path).get_field("comfy.gguf.orig_shape.a.weight")
+    judge = gguf.GGUFReader(path)
+    field = judge.get_field("comfy.gguf.orig_shape.a.weight")
     assert field.types[-1] == gguf.GGUFValueType.INT32 and field.contents() == [3, 10, 16]
-    with pytest.raises(UserError, match="cannot be viewed"):  # blocks of 32 in rows of 16
-        open_checkpoint(path)
-    fitting = {"comfy.gguf.orig_shape.a.weight": [5, 3, 32]}
-    reader = open_checkpoint(write(tmp_path / "y.gguf", [info], fitting))
-    assert reader.tensors["a.weight"].shape == (5, 3, 32) and reader.read("a.weight")[0].shape == (5, 3, 34)
+    reader = open_checkpoint(path)
+    assert reader.tensors["a.weight"] == TensorInfo("a.weight", (3, 10, 16), "f32")
+    assert reader.stored_as("a.weight") == "q8_0" and reader.nbytes("a.weight") == 15 * 34
+    values = torch.tensor(gguf.quants.dequantize(judge.tensors[0].data, judge.tensors[0].tensor_type))
+    assert torch.equal(load(reader, "a.weight"), values.view(3, 10, 16))
+    assert torch.equal(reader.stored("a.weight")[0], torch.tensor(judge.tensors[0].data))
+
+
+def test_reshaped_tensor_whose_rows_are_whole_blocks_stays_packed(tmp_path):
+    info = TensorInfo("a.weight", (15, 32), "q8_0")
+    path = write(tmp_path / "x.gguf", [info], {"comfy.gguf.orig_shape.a.weight": [5, 3, 32]})
+    reader = open_checkpoint(path)
+    assert reader.tensors["a.weight"] == TensorInfo("a.weight", (5, 3, 32), "q8_0")
+    assert reader.read("a.weight")[0].shape == (5, 3, 34)
+
+
+def test_quantized_vector_is_unpacked(tmp_path):
+    """mixed-gguf-converter writes long biases so; a slice of rows would cut through its blocks."""
+    values = np.random.default_rng(1).standard_normal(96).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
+    writer.add_tensor("a.bias", gguf.quants.quantize(values, TYPES["q8_0"]), raw_dtype=TYPES["q8_0"])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    reader = open_checkpoint(tmp_path / "x.gguf")
+    assert reader.tensors["a.bias"] == TensorInfo("a.bias", (96,), "f32") and reader.stored_as("a.bias") == "q8_0"
+    assert np.allclose(load(reader, "a.bias"), values, atol=0.02)
 
 
 WRONG_SHAPES = {"text": "15, 32", "fractions": [15.0, 32.0], "too many": [15, 33], "signs": [-15, -32], "one": 480}
