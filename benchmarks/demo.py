@@ -18,7 +18,8 @@ from flux_quant.benchmarks.machine import fingerprint
 from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.sheet import contact_sheet
 from flux_quant.components import Components
-from flux_quant.converters.convert import make_plan, run
+from flux_quant.converters.convert import run
+from flux_quant.converters.plan import Conversion, make_plan
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.pipeline import Request, decode, denoise_batch, encode, to_images
 
@@ -76,7 +77,7 @@ def run_demo(components: Components, folder: Path, say: Progress = lambda text: 
         target = models / f"{source.stem}-{suffix}"
         say(f"converting to {target.name}")
         start = time.perf_counter()
-        result = run(make_plan(source, target, name, force=True))
+        result = run(make_plan(Conversion(source, target, name, force=True)))
         converting = time.perf_counter() - start
         say(f"drawing with {target.name}")
         drawn, seconds = draw(target)

@@ -1,62 +1,34 @@
-"""Conversion of one model: plan, stream, verify, publish.
+"""Execution of a plan: read, fuse, quantize, write, verify, publish.
 
-The plan is a value: it can be printed, and `run` executes it without deciding anything. Memory is one tensor's work.
-The output is verified as it lies on the disk, before it takes the name it was asked for.
+Reading, quantizing and writing overlap, and memory is that of a few tensors however large the model is. The output is
+verified as it lies on the disk, before it takes the name it was asked for.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-import flux_quant
-from flux_quant import arch
-from flux_quant.arch import FluxConfig
-from flux_quant.converters import gguf_io
-from flux_quant.converters.checkpoint import CheckpointReader, container_for, open_checkpoint
-from flux_quant.converters.component import Component, components, select
+from flux_quant.converters.checkpoint import CheckpointReader, open_checkpoint
 from flux_quant.converters.container import TensorInfo, as_bytes
-from flux_quant.converters.output import check_target
-from flux_quant.converters.quantize import Deviation, requantize, row_ranges, survives_float16, take_rows
-from flux_quant.converters.recipe import Recipe, build
-from flux_quant.converters.writer import create_checkpoint
+from flux_quant.converters.lora_math import fused, touches
+from flux_quant.converters.output import OutputFile, OutputFolder
+from flux_quant.converters.plan import Plan, Row
+from flux_quant.converters.quantize import Deviation, Parts, requantize, row_ranges, take_rows
+from flux_quant.converters.stream import WriteBehind, read_ahead
+from flux_quant.converters.writer import CheckpointWriter, FilePlan
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
+from flux_quant.naming import swap_halves
 
 SAMPLES = 24  # weights that are compared with the source again
+WHOLE_SAMPLES = 6  # of those formats that can only be compared whole
 Progress = Callable[[str, int, int], None]  # phase, parameters done, parameters in all
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of a plan."""
-
-    source: TensorInfo
-    target: TensorInfo
-    reason: str  # why the format is not the recipe's; empty if it is
-
-
-@dataclass(frozen=True)
-class Plan:
-    source: Path
-    target: Path
-    component: Component
-    recipe: Recipe
-    rows: tuple[Row, ...]  # in the order of the output
-    metadata: dict[str, object]
-    notes: tuple[str, ...]  # what a user should know before the work begins
-    force: bool
-
-    @property
-    def infos(self) -> list[TensorInfo]:
-        return [row.target for row in self.rows]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.infos)
 
 
 @dataclass(frozen=True)
@@ -85,140 +57,173 @@ class Usage:
 @dataclass(frozen=True)
 class Result:
     path: Path
+    files: int
     formats: dict[str, Usage]  # most bytes first
     source_bytes: int  # of the converted tensors
     file_bytes: int
+    resumed: int  # tensors that an earlier run had finished
 
     @property
     def total(self) -> Usage:
         return sum(self.formats.values(), Usage())
 
 
-def make_plan(source: Path, target: Path, format_name: str, force: bool = False) -> Plan:
-    """Everything that can be wrong with the request is found here. UserError says what."""
-    container_for(target)
-    reader = open_checkpoint(source)
-    if target.exists() and source.samefile(target):
-        raise UserError(f"{target} is the input; give the output another name")
-    check_target(target, force)
-    component = select(reader, "FLUX.1", "BFL")
-    config = FluxConfig.from_shapes({name: info.shape for name, info in component.tensors.items()})
-    if missing := arch.missing_tensors(component.tensors, config):
-        raise UserError(f"{source} is incomplete: {len(missing)} tensors are missing, the first is {missing[0]}")
-    names = sorted(component.tensors, key=arch.running_order)
-    recipe = build(format_name, component.family.name, target.suffix.lower(), names)
-    return Plan(
-        source=source,
-        target=target,
-        component=component,
-        recipe=recipe,
-        rows=tuple(plan_row(component, recipe, component.tensors[name]) for name in names),
-        metadata=metadata_for(target, component, recipe),
-        notes=tuple(notes_for(reader, component)),
-        force=force,
-    )
-
-
-def plan_row(component: Component, recipe: Recipe, info: TensorInfo) -> Row:
-    def in_range() -> bool:
-        return survives_float16(FORMATS[info.format], component.read(info.name), info.shape)
-
-    format_name, reason = recipe.choose(info.name, info.shape, info.format, in_range)
-    return Row(info, TensorInfo(info.name, info.shape, format_name), reason)
-
-
-def metadata_for(target: Path, component: Component, recipe: Recipe) -> dict[str, object]:
-    """Safetensors keep all of a safetensors source; the other pairs keep what the model says of itself (modelspec)."""
-    description = {
-        key: value
-        for key, value in component.metadata.items()
-        if key.startswith("modelspec.") and key != "modelspec.thumbnail"  # a picture, tens of kilobytes
-    }
-    if target.suffix.lower() == ".gguf":
-        own = {"flux_quant.version": flux_quant.__version__}
-        return gguf_io.model_metadata("flux", recipe.format) | own | description
-    return dict(component.metadata) if component.container == "safetensors" else description
-
-
-def notes_for(reader: CheckpointReader, component: Component) -> list[str]:
-    notes = []
-    quantized = sorted({i.format for i in component.tensors.values() if not FORMATS[i.format].is_plain})
-    if quantized:
-        notes.append(
-            f"{reader.path} is quantized already ({', '.join(quantized)}): its errors stay, new ones are added"
-        )
-    others = [other.family.name for other in components(reader) if other.prefix != component.prefix]
-    if others:
-        notes.append(f"{reader.path} also holds {', '.join(others)}: left out")
-    return notes
-
-
 def run(plan: Plan, progress: Progress = lambda phase, done, total: None) -> Result:
-    """Execute a plan. Whatever goes wrong, the target keeps its old content and no temporary file stays."""
-    total = sum(info.numel for info in plan.infos)
-    usage: dict[str, Usage] = {}
-    done = 0
-    with create_checkpoint(plan.target, plan.infos, plan.metadata, plan.force) as writer:
-        progress("converting", 0, total)
-        for row in plan.rows:
-            info = row.target
-            parts = plan.component.read(info.name)
-            packed, deviation = requantize(FORMATS[row.source.format], parts, info.shape, FORMATS[info.format])
-            check_numbers(plan.source, info, deviation)
-            writer.write(info.name, packed)
-            del parts, packed
-            plan.component.forget(info.name)
-            usage[info.format] = usage.get(info.format, Usage()) + Usage(1, info.numel, info.nbytes, deviation)
-            done += info.numel
-            progress("converting", done, total)
-        writer.flush()
-        verify(plan, writer.written[0][0], progress)
+    """Execute a plan. Whatever goes wrong, the target keeps its old content.
+
+    No temporary file stays, unless the request says `resume` and the work was interrupted.
+    """
+    with OutputFolder(plan.target, plan.asked.force, plan.fingerprint) if plan.asked.folder else nullcontext():
+        tally = write(plan, progress)
+        sizes = [file.path.stat().st_size for file in plan.files]
+        for path, content in plan.extras.items():
+            with OutputFile(path, len(content), force=True) as file:
+                file.write(0, content)
     return Result(
         path=plan.target,
-        formats=dict(sorted(usage.items(), key=lambda item: -item[1].bytes)),
-        source_bytes=sum(plan.component.nbytes(info.name) for info in plan.infos),
-        file_bytes=plan.target.stat().st_size,
+        files=len(plan.files),
+        formats=dict(sorted(tally.usage.items(), key=lambda item: -item[1].bytes)),
+        source_bytes=sum(plan.component.nbytes(row.name) for row in plan.rows),
+        file_bytes=sum(sizes),
+        resumed=tally.resumed,
     )
 
 
-def check_numbers(path: Path, info: TensorInfo, deviation: Deviation) -> None:
+class Tally:
+    """What has been converted so far, and the progress of it."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.usage: dict[str, Usage] = {}
+        self.done, self.total, self.progress, self.resumed = 0, total, progress, 0
+        progress("converting", 0, total)
+
+    def add(self, row: Row, deviation: Deviation) -> None:
+        one = Usage(1, row.packed.numel, row.packed.nbytes, deviation)
+        self.usage[row.format] = self.usage.get(row.format, Usage()) + one
+        self.done += row.packed.numel
+        self.progress("converting", self.done, self.total)
+
+
+def write(plan: Plan, progress: Progress) -> Tally:
+    with CheckpointWriter(plan.files, plan.asked.force, plan.fingerprint) as writer:
+        tally = Tally(sum(row.packed.numel for row in plan.rows), progress)
+        todo = []
+        for row in plan.rows:
+            notes = [writer.finished.get(piece.name) for piece in row.pieces]
+            if None in notes:
+                todo.append(row)
+            else:
+                tally.add(row, Deviation(*notes[0]))
+        tally.resumed = len(plan.rows) - len(todo)
+        with (
+            read_ahead(todo, lambda row: plan.component.read(row.name)) as reading,
+            WriteBehind(writer.write) as writing,
+        ):
+            for row, parts in reading:
+                packed, deviation = pack(plan, row, parts)
+                check_numbers(plan.source, row, deviation)
+                for name, piece in cut(row, packed):
+                    writing.put(name, piece, (deviation.signal, deviation.noise))
+                del parts, packed
+                plan.component.forget(row.name)
+                tally.add(row, deviation)
+        writer.flush()
+        for path, file in writer.written:
+            verify(plan, path, file, progress)
+    return tally
+
+
+def cut(row: Row, parts: Parts) -> list[tuple[str, Parts]]:
+    """The parts of a canonical tensor -> those of each tensor that it becomes."""
+    if row.swapped:
+        parts = tuple(swap_halves(part) if part.ndim else part for part in parts)
+    if len(row.pieces) == 1:
+        (piece,) = row.pieces
+        shapes = [part.shape(piece.shape) for part in FORMATS[row.format].parts]
+        return [(piece.name, tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))]
+    first, out = 0, []
+    for piece in row.pieces:
+        last = first + piece.shape[0]
+        out.append((piece.name, take_rows(parts, first, last)))
+        first = last
+    return out
+
+
+def pack(plan: Plan, row: Row, parts: Parts, rows: tuple[int, int] | None = None) -> tuple[Parts, Deviation]:
+    """Parts of a tensor as they lie in the source -> as they are to be stored; only some of its rows if so asked."""
+    source, shape = FORMATS[row.source.format], row.packed.shape
+    if touches(row.name, plan.adapters):
+        weight = fused(row.name, source.unpack(*parts), plan.adapters)
+        source, parts = FORMATS["f32"], (weight,)
+    if shape != row.source.shape:
+        if not source.is_plain:
+            source, parts = FORMATS["f32"], (source.unpack(*parts),)
+        parts = (parts[0].reshape(shape),)
+    if rows:
+        parts, shape = take_rows(parts, *rows), (rows[1] - rows[0], *shape[1:])
+    return requantize(
+        source,
+        parts,
+        shape,
+        FORMATS[row.format],
+        search=plan.asked.search,
+        importance=plan.importance.get(row.name),
+        device=plan.asked.device,
+    )
+
+
+def check_numbers(path: Path, row: Row, deviation: Deviation) -> None:
     if not isfinite(deviation.signal):
-        raise UserError(f"{path}: {info.name} holds NaN or infinite values; the file is damaged")
+        raise UserError(f"{path}: {row.name} holds NaN or infinite values; the file is damaged")
     if not isfinite(deviation.noise):
-        raise UserError(f"{path}: {info.name} has values too large for {info.format}; use bf16")
+        raise UserError(f"{path}: {row.name} has values too large for {row.format}; use bf16")
 
 
-def verify(plan: Plan, path: Path, progress: Progress) -> None:
-    """Open the output and compare: all names, shapes and formats, and samples of the bytes packed a second time."""
+def verify(plan: Plan, path: Path, file: FilePlan, progress: Progress) -> None:
+    """Open an output file and compare: all names, shapes and formats, and samples of the bytes packed a second time."""
+    expected = {info.name: info for info in file.infos}
+    rows = [row for row in plan.rows if any(piece.name in expected for piece in row.pieces)]
+    for row in rows:
+        if row.packed.shape != row.source.shape:  # a reader gives the original shape back
+            name = row.pieces[0].name
+            expected[name] = TensorInfo(name, row.source.shape, row.format)
     with open_checkpoint(path) as written:
-        expected = {info.name: info for info in plan.infos}
         if written.tensors != expected or written.foreign:
             raise UserError(f"{plan.target} does not hold the tensors that were planned; is the disk faulty?")
-        chosen = sample(plan)
+        chosen = sample(rows)
         for done, row in enumerate(chosen):
             progress("verifying", done, len(chosen))
-            compare(plan.target, plan.component, row, written)
+            compare(plan, row, written)
         progress("verifying", len(chosen), len(chosen))
 
 
-def sample(plan: Plan) -> list[Row]:
+def sample(rows: Sequence[Row]) -> list[Row]:
     """The first and last weight of each format, and others at random, the same ones every time."""
-    ends = {row.target.format: row for row in reversed(plan.rows)} | {f"last {r.target.format}": r for r in plan.rows}
-    others = random.Random(0).sample(plan.rows, min(SAMPLES, len(plan.rows)))
-    return list({row.target.name: row for row in (*ends.values(), *others)}.values())
+    ends = {row.format: row for row in reversed(rows)} | {f"last {row.format}": row for row in rows}
+    others = random.Random(0).sample(rows, min(SAMPLES, len(rows)))
+    chosen = list({row.name: row for row in (*ends.values(), *others)}.values())
+    whole = [row.name for row in chosen if len(FORMATS[row.format].parts) > 1]
+    return [row for row in chosen if row.name not in whole[WHOLE_SAMPLES:]]
 
 
-def compare(path: Path, source: CheckpointReader, row: Row, written: CheckpointReader) -> None:
+def compare(plan: Plan, row: Row, written: CheckpointReader) -> None:
     """Pack some rows of a weight again (all of them if they share a scale): the bytes must be those in the file."""
-    info, fmt = row.target, FORMATS[row.target.format]
-    original, stored = source.read(info.name), written.read(info.name)
-    ranges = list(row_ranges(info.shape)) if len(fmt.parts) == 1 else [(0, info.shape[0])]
-    for first, last in {ranges[0], ranges[-1]}:
-        piece = take_rows(original, first, last)
-        shape = (last - first, *info.shape[1:]) if info.shape else ()
-        again, _ = requantize(FORMATS[row.source.format], piece, shape, fmt)
-        for one, other in zip(again, take_rows(stored, first, last), strict=True):
-            if not torch.equal(as_bytes(one), as_bytes(other)):
-                raise UserError(f"{path}: {info.name} ({info.format}) reads back differently; is the disk faulty?")
-    source.forget(info.name)
-    written.forget(info.name)
+    source = plan.component.read(row.name)
+    shared = len(FORMATS[row.format].parts) > 1 or touches(row.name, plan.adapters)
+    simple = len(row.pieces) == 1 and not row.swapped and not shared and row.packed.shape == row.source.shape
+    ranges = list(row_ranges(row.packed.shape)) if simple else []
+    for rows in {ranges[0], ranges[-1]} if simple else (None,):
+        packed, _ = pack(plan, row, source, rows)
+        for name, again in [(row.pieces[0].name, packed)] if simple else cut(row, packed):
+            if name not in written.tensors:  # another file of the same model has it
+                continue
+            stored = written.read(name)
+            if not equal(again, take_rows(stored, *rows) if rows else stored):
+                raise UserError(f"{plan.target}: {name} ({row.format}) reads back differently; is the disk faulty?")
+            written.forget(name)
+    plan.component.forget(row.name)
+
+
+def equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Bit for bit, whatever the shapes."""
+    return all(torch.equal(as_bytes(one.cpu()), as_bytes(other)) for one, other in zip(some, others, strict=True))

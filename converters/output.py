@@ -20,6 +20,9 @@ except ImportError:  # Windows, where an open file cannot be replaced anyway
     fcntl = None
 
 
+MODEL_FOLDER_MARKS = ("config.json", "model_index.json")
+
+
 def check_target(path: Path, force: bool) -> None:
     """Everything about the target that can be known before the work begins, except the space."""
     if path.is_dir():
@@ -28,6 +31,18 @@ def check_target(path: Path, force: bool) -> None:
         raise UserError(f"{path} is not an ordinary file")
     if path.exists() and not force:
         raise UserError(f"{path} exists; use --force to replace it")
+    check_folder(path)
+
+
+def check_folder_target(path: Path, force: bool) -> None:
+    """The same for a folder of model files. `force` replaces a folder only if it is one."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    if path.exists() and any(path.iterdir()):
+        if not force:
+            raise UserError(f"{path} exists and is not empty; use --force to replace it")
+        if not any((path / name).is_file() for name in MODEL_FOLDER_MARKS):
+            raise UserError(f"{path} is no model folder (no {' or '.join(MODEL_FOLDER_MARKS)}); it is not replaced")
     check_folder(path)
 
 
@@ -170,6 +185,42 @@ class OutputFile:
 
     def failure(self, error: OSError) -> UserError:
         return UserError(f"cannot write {self.path} ({self.nbytes / 1e9:.3f} GB): {error.strerror}")
+
+
+class OutputFolder:
+    """Context manager around a folder that appears complete or not at all: `staging` becomes `path` at the end.
+
+    With a fingerprint, an interruption keeps `staging`, and the next run finds in it what is finished.
+    """
+
+    def __init__(self, path: Path, force: bool, fingerprint: str = "") -> None:
+        check_folder_target(path, force)
+        self.target, self.fingerprint = path.resolve(), fingerprint
+        self.staging = staging_folder(path)
+
+    def __enter__(self) -> "OutputFolder":
+        if not self.fingerprint:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            if not self.fingerprint or isinstance(error, UserError):
+                shutil.rmtree(self.staging, ignore_errors=True)
+            return
+        old = self.target.with_name(f".{self.target.name}.old")
+        if self.target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.target, old)
+        os.replace(self.staging, self.target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def staging_folder(path: Path) -> Path:
+    """Where the files of a folder are written before it appears."""
+    target = path.resolve()
+    return target.with_name(f".{target.name}.part")
 
 
 def disk_bytes(path: Path) -> int:

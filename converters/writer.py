@@ -80,7 +80,9 @@ class CheckpointWriter:
 
     def write(self, name: str, parts: tuple[Tensor, ...], note: object = None) -> None:
         """The parts of a weight in the order of its format. The note is what `finished` will say of it."""
-        self.pending.remove(name)
+        if name not in self.pending and name not in self.finished:
+            raise ValueError(f"{name} has been written already")
+        self.pending.discard(name)
         i = self.home[name]
         for place, part in zip(self.layouts[i].places[name], parts, strict=True):
             if (part.dtype, tuple(part.shape)) != (place.dtype, place.shape):

@@ -72,10 +72,11 @@ def convert(
 ) -> None:
     """Convert a FLUX.1 transformer to GGUF or FP8, one tensor in memory at a time."""
     from flux_quant import console
-    from flux_quant.converters.convert import make_plan, run
+    from flux_quant.converters.convert import run
+    from flux_quant.converters.plan import Conversion, make_plan
 
     use_threads(threads)
-    plan = make_plan(source, output, format_name, force)
+    plan = make_plan(Conversion(source, output, format_name, force))
     if dry_run:
         console.print_plan(plan)
         return

@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_quant.arch import block_of
-from flux_quant.converters.convert import Plan, Result, Row, Usage
+from flux_quant.converters.convert import Result, Usage
+from flux_quant.converters.plan import Plan, Row
 from flux_quant.converters.quantize import Deviation
 from flux_quant.converters.summary import Summary
 
@@ -116,12 +117,12 @@ def print_plan(plan: Plan) -> None:
     out = table("tensors", "count", "shape", "from", "to", "bytes")
     for label, rows in together(plan.rows):
         first = rows[0]
-        shape = " x ".join(map(str, first.target.shape))
-        nbytes = sum(row.target.nbytes for row in rows)
-        out.add_row(label, str(len(rows)), shape, first.source.format, first.target.format, size(nbytes))
+        shape = " x ".join(map(str, first.packed.shape))
+        nbytes = sum(row.packed.nbytes for row in rows)
+        out.add_row(label, str(len(rows)), shape, first.source.format, first.format, size(nbytes))
     console.print(out)
     for reason, rows in reasons(plan.rows):
-        names = ", ".join(row.target.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        names = ", ".join(row.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
         console.print(f"{len(rows)} of another format than asked for ({names}): {reason}", soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -130,9 +131,9 @@ def print_plan(plan: Plan) -> None:
 
 def together(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     def key(row: Row) -> tuple:
-        block = block_of(row.target.name)
-        name = row.target.name.replace(block, block.split(".")[0] + ".*", 1)
-        return name, row.target.shape, row.source.format, row.target.format
+        block = block_of(row.name)
+        name = row.name.replace(block, block.split(".")[0] + ".*", 1)
+        return name, row.packed.shape, row.source.format, row.format
 
     groups: dict[tuple, list[Row]] = {}
     for row in rows:

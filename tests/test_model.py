@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux_quant.arch import FluxConfig, to_diffusers
+from flux_quant.arch import FluxConfig
 from flux_quant.converters.checkpoint import load, open_checkpoint
-from flux_quant.converters.convert import make_plan, run
+from flux_quant.converters.convert import run
+from flux_quant.converters.plan import Conversion, make_plan
 from flux_quant.errors import UserError
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
+from flux_quant.naming import to_diffusers
 
 CONFIGS = {
     "dev": FluxConfig(64, 64, 256, 64, 1024, 128, 96, 2, 5, True),
@@ -83,7 +85,7 @@ def test_config_comes_from_shapes():
 @torch.no_grad()
 def test_packed_engine_equals_unpacked(target: str, tiny_flux_file: Path, tmp_path: Path):
     path = tmp_path / f"model-{target}"
-    run(make_plan(tiny_flux_file, path, target.split(".")[0]))
+    run(make_plan(Conversion(tiny_flux_file, path, target.split(".")[0])))
     packed = load_flux(path)
     linears = [module for module in packed.modules() if isinstance(module, QuantLinear)]
     assert len(linears) == sum(isinstance(module, nn.Linear) for module in Flux(packed.config).modules())
@@ -97,7 +99,7 @@ def test_packed_engine_equals_unpacked(target: str, tiny_flux_file: Path, tmp_pa
 @torch.no_grad()
 def test_bfloat16_activations_leave_packed_weights_alone(tiny_flux_file: Path, tmp_path: Path):
     path = tmp_path / "model.gguf"
-    run(make_plan(tiny_flux_file, path, "q8_0"))
+    run(make_plan(Conversion(tiny_flux_file, path, "q8_0")))
     precise, cast = load_flux(path), load_flux(path).to(torch.bfloat16)
     x = random_inputs(precise.config, 4, 4, tokens=6)
     y = cast(**{k: v.bfloat16() if k in ("img", "txt", "pooled") else v for k, v in x.items()})
@@ -143,7 +145,7 @@ def test_wrong_tensors_are_named(damage: str, tiny_flux: dict[str, Tensor], tmp_
 @torch.no_grad()
 def test_engine_on_cuda_equals_cpu(target: str, tiny_flux_file: Path, tmp_path: Path):
     path = tmp_path / f"model-{target}"
-    run(make_plan(tiny_flux_file, path, target.split(".")[0]))
+    run(make_plan(Conversion(tiny_flux_file, path, target.split(".")[0])))
     expected_model, model = load_flux(path), load_flux(path).to("cuda")
     x = random_inputs(model.config, 3, 5, tokens=7)
     expected = expected_model(**x)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_quant.arch import vae_config, vae_to_diffusers
+from flux_quant.arch import vae_config
 from flux_quant.components import BUNDLED, Components, find_components, picture_size
 from flux_quant.converters.checkpoint import load, open_checkpoint
-from flux_quant.converters.convert import make_plan, run
+from flux_quant.converters.convert import run
+from flux_quant.converters.plan import Conversion, make_plan
 from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_vae
+from flux_quant.naming import vae_to_diffusers
 from flux_quant.pipeline import Request, decode, generate, save_png, starting_noise
 
 PROMPT = "large red apple on a white background"
@@ -139,7 +141,7 @@ def test_components_beside_the_file_or_below_the_folder(bundled: Components, tmp
 @pytest.mark.parametrize("format_name", ["q8_0", "q4_0"])
 def test_quantized_files_run_in_diffusers_pipelines(format_name: str, bundled: Components, tmp_path: Path):
     path = tmp_path / "model.gguf"
-    run(make_plan(bundled.transformer, path, format_name))
+    run(make_plan(Conversion(bundled.transformer, path, format_name)))
     pipe = load_pipeline(bundled)
     pipe.transformer = load_transformer(path)
     arguments = {"num_inference_steps": 2, "width": 96, "height": 96, "max_sequence_length": 24}
