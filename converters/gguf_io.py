@@ -135,21 +135,31 @@ def original_shape(mapped: MappedFile, name: str, shape: Shape, original: object
 
 
 def strict_problems(mapped: MappedFile) -> list[str]:
-    """Of a file that `parse` accepts: what ggml's own reader (and so llama.cpp) refuses, and bytes of no tensor."""
-    header, problems, previous, last = read_header(mapped), [], 0, 0
-    for name, shape, kind, offset in header.rows:
+    """What ggml's own reader (and so llama.cpp) refuses in a file that `parse` accepts; one line each."""
+    header, problems, previous = read_header(mapped), [], 0
+    for row in header.rows:
+        name, _, _, offset = row
         if len(name.encode()) > LONGEST_NAME:
             problems.append(f"the name {name} has {len(name.encode())} bytes; stock readers allow {LONGEST_NAME}")
         if offset != previous:
             problems.append(f"{name} begins at byte {offset:,} of the data; {previous:,} was expected")
-        block, nbytes = SIZES[kind]
-        previous = padded(offset + prod(shape) // block * nbytes, header.alignment)
-        last = max(last, previous)
-    missing = header.begin + last - mapped.size
-    if header.rows and missing:
-        what = f"{missing} bytes of padding are missing" if missing > 0 else f"{-missing:,} bytes follow"
-        problems.append(f"{what} after the last tensor")
+        previous = padded_end(row, header.alignment)
+    if (rest := bytes_after(mapped)) < 0:
+        problems.append(f"{-rest} bytes of padding are missing after the last tensor")
     return problems
+
+
+def bytes_after(mapped: MappedFile) -> int:
+    """Bytes behind the last tensor and its padding, which belong to nothing; negative if some padding is missing."""
+    header = read_header(mapped)
+    ends = [padded_end(row, header.alignment) for row in header.rows]
+    return mapped.size - header.begin - max(ends) if ends else 0
+
+
+def padded_end(row: tuple[str, Shape, int, int], alignment: int) -> int:
+    _, shape, kind, offset = row
+    block, nbytes = SIZES[kind]
+    return padded(offset + prod(shape) // block * nbytes, alignment)
 
 
 def padded(count: int, alignment: int = ALIGNMENT) -> int:

@@ -113,10 +113,12 @@ def gguf_files(path: Path) -> list[MappedFile]:
 
 
 def strict_warnings(file: MappedFile) -> list[str]:
-    """At most three lines: a gap before the first tensor moves all others."""
+    """A few lines at most: there may be gaps before all tensors."""
     found = gguf_io.strict_problems(file)
     more = [f"and {len(found) - 3} more of the kind"] if len(found) > 3 else []
-    return [f"llama.cpp and others refuse the file: {problem}" for problem in found[:3] + more]
+    rest = gguf_io.bytes_after(file)
+    ignored = [f"{rest:,} bytes follow after the last tensor of {file.path.name}"] if rest > 0 else []
+    return [f"llama.cpp and others refuse the file: {problem}" for problem in found[:3] + more] + ignored
 
 
 def check_values(reader: CheckpointReader, report: Report, progress: Progress) -> None:
