@@ -81,12 +81,11 @@ def replaced(name: str, table: Tensor, changes: Sequence[tuple[Lora, Record, flo
     if not setters:
         return table
     out = table.clone()
-    for lora, record in setters:
+    for i, (lora, record) in enumerate(setters):
         value = record.factors["value"].to(out)
-        for other, earlier in setters:
-            if earlier is record:
-                break
-            if earlier.rows != record.rows or not torch.equal(earlier.factors["value"].to(out), value):
+        for other, earlier in setters[:i]:
+            apart = earlier.rows.stop <= record.row_start or record.rows.stop <= earlier.row_start
+            if not apart and not torch.equal(out[record.rows], value):
                 raise UserError(f"{other.path} and {lora.path} both replace {name}: only one of them can be used")
         out[record.rows] = value
     return out
