@@ -15,12 +15,14 @@ import flux_quant
 from flux_quant.converters import checksums, gguf_io
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.expectations import ALIKE, ARCHITECTURES, REQUIRED
 from flux_quant.converters.gguf_io import TYPES
 from flux_quant.converters.quantize import Deviation, requantize
 from flux_quant.converters.verify import Report, diff, verify
 from flux_quant.converters.writer import create_checkpoint
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
+from flux_quant.layouts import CANONICAL
 from flux_quant.naming import to_diffusers, to_stored
 
 SAFETENSORS = ("f32", "f16", "bf16", "fp8", "fp8_plain")
@@ -261,6 +263,10 @@ def test_a_file_of_nothing_known(tmp_path):
     save_file({"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}, tmp_path / "x.safetensors")
     report = verify(tmp_path / "x.safetensors", tmp_path / "x.safetensors")
     assert found(report, "b (f32)", "NaN") and "no model" in report.warnings[0] and len(report.rows) == 2
+
+
+def test_expectations_are_of_families_that_exist():
+    assert {*ALIKE, *REQUIRED, *ARCHITECTURES} <= set(CANONICAL)
 
 
 # --- Traps of GGUF readers --------------------------------------------------------------------------------------------
