@@ -19,7 +19,7 @@ from flux_quant.converters.lora_records import KINDS, Lora, Record
 from flux_quant.errors import UserError
 from flux_quant.formats import Shape
 
-SLICE = 1 << 22  # elements of the change that are made at a time
+SLICE = 1 << 18  # elements of the change that are made at a time: they stay in the cache
 Adapters = Sequence[tuple[Lora, float]]  # with their strengths
 
 
@@ -95,23 +95,23 @@ def add_change(out: Tensor, base: Tensor, record: Record, strength: float) -> No
     """out (N, K) += strength * change of base (N, K), both float32."""
     gain = column_gain(base, record)
     for first, last, change in slices_of(record, out):
-        rows = base[first:last]
         if record.magnitude is None:
-            out[first:last].add_(change, alpha=strength)
+            out[first:last].add_(change, alpha=strength * record.scale)
             continue
-        merged = change.add_(rows)
+        rows = base[first:last]
+        merged = torch.add(rows, change, alpha=record.scale)
         lengths = gain if gain is not None else row_gain(merged, record.magnitude[first:last])
         out[first:last].add_(merged.mul_(lengths).sub_(rows), alpha=strength)
 
 
 def slices_of(record: Record, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, last row, scaled change) with the change as a fresh tensor, float32 on the device of `like`."""
+    """(first row, last row, unscaled change of these rows), float32 on the device of `like`."""
     step = max(1, SLICE // record.columns)
     dense = "value" in record.factors  # as large as the weight: converted slice by slice
     factors = record.factors if dense else {name: factor.to(like) for name, factor in record.factors.items()}
     for first in range(0, record.row_len, step):
         last = min(first + step, record.row_len)
-        yield first, last, KINDS[record.kind].rows(factors, first, last).to(like) * record.scale
+        yield first, last, KINDS[record.kind].rows(factors, first, last).to(like)
 
 
 def row_gain(merged: Tensor, magnitude: Tensor) -> Tensor:
@@ -125,7 +125,8 @@ def column_gain(base: Tensor, record: Record) -> Tensor | None:
         return None
     squares = torch.zeros(1, record.columns, dtype=torch.float64, device=base.device)
     for first, last, change in slices_of(record, base):
-        squares += change.add_(base[first:last]).square().sum(0, keepdim=True, dtype=torch.float64)
+        merged = torch.add(base[first:last], change, alpha=record.scale)
+        squares += merged.square().sum(0, keepdim=True, dtype=torch.float64)
     return record.magnitude.to(base) / length(squares).to(base)
 
 
