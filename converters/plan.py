@@ -20,6 +20,7 @@ from flux_quant.converters import gguf_io, library_folder, t5_gguf
 from flux_quant.converters.checkpoint import container_for, open_checkpoint
 from flux_quant.converters.component import Component, components, describe
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.fp8_layout import Fp8Form
 from flux_quant.converters.imatrix import check_imatrix, read_imatrix
 from flux_quant.converters.lora_io import read_lora
 from flux_quant.converters.lora_math import Adapters, new_shape
@@ -178,7 +179,9 @@ def make_plan(asked: Conversion) -> Plan:
     if asked.folder:
         files, extras = library_folder.files(target, family, shapes, pieces, asked.sharding)
     else:
-        files, extras = split_files(target, pieces, metadata_for(component, recipe, asked, rows), asked.sharding)
+        options = options_for(component, asked, rows)
+        metadata = metadata_for(component, recipe, asked, rows)
+        files, extras = split_files(target, pieces, metadata, asked.sharding, options)
         for path in (*(file.path for file in files), *extras):
             check_target(path, asked.force)
     notes = notes_for(component, found, importance, rows)
@@ -258,6 +261,14 @@ def metadata_for(component: Component, recipe: Recipe, asked: Conversion, rows: 
         if row.packed.shape != row.source.shape:
             out[gguf_io.SHAPE_KEY + row.pieces[0].name] = np.array(row.source.shape, np.int32)
     return out | {"flux_quant.version": flux_quant.__version__} | history(component, asked, rows) | description
+
+
+def options_for(component: Component, asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
+    """How FP8 is written; scales of activations that the source has stay, whatever its own form."""
+    if not any(row.format == "fp8" for row in rows):
+        return {}
+    scales = {row.name: component.input_scales[row.name] for row in rows if row.name in component.input_scales}
+    return {"fp8_form": Fp8Form(asked.legacy_fp8, scales)}
 
 
 def requantized(component: Component, rows: Sequence[Row]) -> list[str]:

@@ -74,7 +74,7 @@ PLAIN = ("f32", "f16", "bf16")
 FP8 = ("fp8", "fp8_plain")
 OFFERED = {  # suffix -> what the bulk can be
     GGUF: tuple(BASES),
-    SAFETENSORS: (*FP8, *PLAIN),
+    SAFETENSORS: (*FP8, *PLAIN, KEEP),
 }
 NOT_FP8 = ("VAE",)  # every value of a convolution's weight is used at every pixel: 8 bits show
 # Where a format's blocks do not fit the rows, as in llama.cpp (`tensor_type_fallback`).
@@ -134,6 +134,8 @@ def build(name: str, family: str, suffix: str, names: Sequence[str] = (), own: R
     check_offered(mix, name, family, suffix)
     bulk = BASES[mix] if suffix == GGUF else mix
     layout = LAYOUTS[family, suffix]
+    if bulk == KEEP:
+        return Recipe(mix, "bf16", (*own, ("*", KEEP)), ("bf16",))
     if bulk in PLAIN and suffix == SAFETENSORS:  # one format for all, as the published files have it
         layout = (("*", BULK),)
     rows = (*own, *promoted(family, mix, names), *layout, ("*", BULK))

@@ -16,6 +16,7 @@ import torch
 from flux_quant.arch import block_of
 from flux_quant.converters import fp8_layout, fp8_reading
 from flux_quant.converters.container import Contents, Layout, MappedFile, Place, TensorInfo
+from flux_quant.converters.fp8_layout import INPUT_SCALES, MARKER, PER_LAYER, Fp8Form
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
@@ -119,32 +120,34 @@ def check_coverage(mapped: MappedFile, entries: Mapping[str, Place], begin: int)
         raise UserError(f"{mapped.path} is damaged: {mapped.size - end:,} bytes follow the last tensor")
 
 
-def layout(infos: Iterable[TensorInfo], metadata: Mapping[str, object]) -> Layout:
-    """Stored tensors in an order that needs no holes; FP8 in ComfyUI's per-layer form."""
+def layout(infos: Iterable[TensorInfo], metadata: Mapping[str, object], fp8_form: Fp8Form = PER_LAYER) -> Layout:
+    """Stored tensors in an order that needs no holes."""
     infos = list(infos)
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # stored name -> what it is, in the wanted order
-    markers: dict[str, bytes] = {}
     names: dict[str, list[str]] = {}
+    constants = fp8_form.constants(info.name for info in infos if info.format == "fp8")
     for info in infos:
         fmt = FORMATS[info.format]
         if fmt.parts[0].dtype not in NAMES or fmt.block > 1:
             raise UserError(f"{info.name}: {info.format} cannot be stored as safetensors; use a .gguf file")
         module = info.name.removesuffix("weight")
-        names[info.name] = [info.name, *(module + part.suffix for part in fmt.parts[1:])]
+        scale = [module + fp8_form.scale] if len(fmt.parts) > 1 else []
+        names[info.name] = [info.name, *scale]
         for name, part in zip(names[info.name], fmt.parts, strict=True):
             entries[name] = part.dtype, part.shape(info.shape)
-        if info.format == "fp8":
-            markers[module + fp8_layout.MARKER] = fp8_layout.MARKER_CONTENT
-            entries[module + fp8_layout.MARKER] = torch.uint8, (len(fp8_layout.MARKER_CONTENT),)
+        for suffix in (*INPUT_SCALES, MARKER):
+            if scale and module + suffix in constants:
+                entries[module + suffix] = constants[module + suffix][:2]
+    entries |= {name: (dtype, shape) for name, (dtype, shape, _) in constants.items()}
     order = aligned_order({name: (dtype.itemsize, prod(shape)) for name, (dtype, shape) in entries.items()})
     metadata = {"format": "pt", **{key: str(value) for key, value in metadata.items()}}
-    metadata |= fp8_layout.header_metadata(info.name for info in infos if info.format == "fp8")
+    metadata |= fp8_form.metadata(info.name for info in infos if info.format == "fp8")
     header, places = place_all({name: entries[name] for name in order}, metadata)
     return Layout(
         header,
         {info.name: tuple(places[name] for name in names[info.name]) for info in infos},
         max((place.end for place in places.values()), default=len(header)),
-        tuple((places[name].offset, content) for name, content in markers.items()),
+        tuple((places[name].offset, content) for name, (_, _, content) in constants.items()),
     )
 
 

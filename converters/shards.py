@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 from flux_quant.arch import block_of
 from flux_quant.converters import gguf_io
@@ -61,14 +62,18 @@ def total(infos: Sequence[TensorInfo]) -> int:
 
 
 def split_files(
-    path: Path, infos: Sequence[TensorInfo], metadata: Mapping[str, object], sharding: Sharding | None
+    path: Path,
+    infos: Sequence[TensorInfo],
+    metadata: Mapping[str, object],
+    sharding: Sharding | None,
+    options: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[list[FilePlan], dict[Path, bytes]]:
     """The files that hold these tensors, and further small files (an index) with their content."""
     parts = divide(infos, sharding) if sharding else [tuple(infos)]
     if len(parts) > MOST_PARTS:
         raise UserError(f"{len(parts):,} files would be needed; choose a larger size")
     if len(parts) == 1:
-        return [FilePlan(path, parts[0], metadata)], {}
+        return [FilePlan(path, parts[0], metadata, options)], {}
     gguf = path.suffix.lower() == ".gguf"
     prefix = str(path.with_suffix(""))
     files, places = [], {}

@@ -9,7 +9,7 @@ parts of a split model) are one writer: they are published together, the first o
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,7 @@ class FilePlan:
     path: Path
     infos: tuple[TensorInfo, ...]
     metadata: Mapping[str, object]
+    options: Mapping[str, object] = field(default_factory=dict)  # of the container's `layout`
 
 
 class CheckpointWriter:
@@ -42,7 +43,7 @@ class CheckpointWriter:
 
     def __init__(self, files: Sequence[FilePlan], force: bool, fingerprint: str = "") -> None:
         self.files = files
-        self.layouts = [container_for(file.path).layout(file.infos, file.metadata) for file in files]
+        self.layouts = [container_for(file.path).layout(file.infos, file.metadata, **file.options) for file in files]
         self.outputs = [
             OutputFile(file.path, layout.nbytes, force, fingerprint)
             for file, layout in zip(files, self.layouts, strict=True)

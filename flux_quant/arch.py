@@ -8,8 +8,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from flux_quant.errors import UserError
 from flux_quant.layouts import KEY_MAP, OUTER_MAP, count_blocks
 from flux_quant.layouts import SWAPPED_HALVES as SWAPPED_HALVES
@@ -138,21 +136,3 @@ def missing_tensors(names: Collection[str], config: FluxConfig) -> list[str]:
 # --- VAE --------------------------------------------------------------------------------------------------------------
 
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # model input = (latent - shift) * scale
-
-
-def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Arguments of diffusers' AutoencoderKL for VAE tensors in BFL names."""
-    levels = count_blocks(tensors, "encoder.down.")
-    widths = tuple(tensors[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels))
-    return dict(
-        block_out_channels=widths,
-        norm_num_groups=widths[0] // 4,  # 32 in FLUX.1; no tensor tells, so smaller models keep 4 channels a group
-        layers_per_block=count_blocks(tensors, "encoder.down.0.block."),
-        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=LATENT_SCALE,
-        shift_factor=LATENT_SHIFT,
-    )

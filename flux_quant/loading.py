@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant import arch
+from flux_quant.configs import clip_config, t5_config, vae_config
 from flux_quant.converters.checkpoint import CheckpointReader, load
 from flux_quant.converters.component import open_component
 from flux_quant.errors import UserError
@@ -44,24 +45,8 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
     from transformers import T5Config, T5EncoderModel
 
     reader = open_component(path, "T5 encoder")
-    shapes = shapes_of(reader)
-    block = "encoder.block.0.layer.{}."
-    buckets, heads = shapes[block.format(0) + "SelfAttention.relative_attention_bias.weight"]
-    vocabulary, width = shapes["shared.weight"]
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=shapes[block.format(0) + "SelfAttention.q.weight"][0] // heads,
-        d_ff=shapes[block.format(1) + "DenseReluDense.wi_0.weight"][0],
-        num_layers=arch.count_blocks(shapes, "encoder.block."),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        use_cache=False,
-    )
     with torch.device("meta"):
-        model = T5EncoderModel(config)
+        model = T5EncoderModel(T5Config(**t5_config(shapes_of(reader))))
     model.encoder.embed_tokens = model.shared
     bind(model, reader)
     for block in model.encoder.block:
@@ -89,19 +74,7 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
 
     reader = open_component(path, "CLIP-L")
     shapes = shapes_of(reader)
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=arch.count_blocks(shapes, "text_model.encoder.layers."),
-        num_attention_heads=width // 64,
-        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
-        bos_token_id=None,
-        eos_token_id=end_of_text,
-        pad_token_id=None,
-    )
-    model = CLIPTextModel(config)
+    model = CLIPTextModel(CLIPTextConfig(**clip_config(shapes, end_of_text)))
     prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
     state = {name.removeprefix(prefix): load(reader, name) for name in shapes if name.startswith("text_model.")}
     fill(model, state, reader.path)
@@ -114,7 +87,7 @@ def load_vae(path: str | Path) -> "AutoencoderKL":
 
     reader = open_component(path, "VAE")
     tensors = {name: load(reader, name) for name in reader.tensors}
-    model = AutoencoderKL(**arch.vae_config(tensors))
+    model = AutoencoderKL(**vae_config(shapes_of(reader)))
     fill(model, vae_to_diffusers(tensors), reader.path)
     return model.eval()
 

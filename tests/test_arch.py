@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flux_quant import arch, naming
 from flux_quant.arch import FluxConfig
+from flux_quant.configs import vae_config
 from flux_quant.errors import UserError
 from flux_quant.families import Family, identify
 
@@ -192,13 +193,13 @@ def test_vae_covers_the_diffusers_model_exactly(size):
 
     tensors = on_meta(vae_shapes(**size))
     with torch.device("meta"):
-        expected = AutoencoderKL(**arch.vae_config(tensors))
+        expected = AutoencoderKL(**vae_config(shapes_of(tensors)))
     assert shapes_of(naming.vae_to_diffusers(tensors)) == shapes_of(expected.state_dict())
     assert shapes_of(naming.vae_from_diffusers(naming.vae_to_diffusers(tensors))) == shapes_of(tensors)
 
 
 def test_vae_constants_are_those_of_flux():
-    config = arch.vae_config(on_meta(vae_shapes()))
+    config = vae_config(vae_shapes())
     assert (config["scaling_factor"], config["shift_factor"], config["latent_channels"]) == (0.3611, 0.1159, 16)
 
 

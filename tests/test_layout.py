@@ -21,6 +21,7 @@ LAYERS = (
     {"formats", "layouts"},
     {"naming"},
     {"arch", "families"},
+    {"configs"},
     {"kernels", "streaming"},
     {"linear", "converters"},
     {"model", "lora", "modulation", "planner"},
