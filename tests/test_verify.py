@@ -15,8 +15,10 @@ import flux_quant
 from flux_quant.converters import checksums, gguf_io
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.convert import run
 from flux_quant.converters.expectations import ALIKE, ARCHITECTURES, REQUIRED
 from flux_quant.converters.gguf_io import TYPES
+from flux_quant.converters.plan import Conversion, make_plan
 from flux_quant.converters.quantize import Deviation, requantize
 from flux_quant.converters.verify import Report, diff, verify
 from flux_quant.converters.writer import create_checkpoint
@@ -100,6 +102,14 @@ def test_sound_files_pass(tmp_path, model, source, format_name, suffix):
     )
     total = sum(tensor.numel() for tensor in model.values())
     assert steps[-1] == ("comparing", total, total) and ("checking", total, total) in steps
+
+
+def test_errors_are_those_that_conversion_reports(tmp_path, source):
+    result = run(make_plan(Conversion(source, tmp_path / "x.gguf", "q4_1")))
+    report = verify(tmp_path / "x.gguf", source)
+    assert (report.problems, report.warnings) == ([], []) and set(report.deviations) == set(result.formats)
+    for name, usage in result.formats.items():
+        assert report.deviations[name].snr == pytest.approx(usage.deviation.snr), name
 
 
 @pytest.mark.parametrize("path", sorted(ENCODERS.parent.rglob("*.safetensors")), ids=lambda path: path.stem)
