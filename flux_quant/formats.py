@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flux_quant.codecs import fp8, iq4, kquants, legacy, plain
+from flux_quant.codecs.choice import Choice
 from flux_quant.codecs.search import SEARCHES, choose, element_weights
 
 Shape = tuple[int, ...]
@@ -45,6 +46,7 @@ class QuantFormat:
     pack: Callable[[Tensor], tuple[Tensor, ...]]
     unpack: Callable[..., Tensor]
     search: Callable[..., tuple[Tensor, ...]] | None = None  # (weight, importance=None) -> parts
+    store: Callable[[Choice], Tensor] | None = None  # blocks as a search chose them -> (n, bytes)
 
     def fits(self, shape: Shape) -> bool:
         return self.block == 1 or (len(shape) >= 2 and shape[-1] % self.block == 0)
@@ -111,9 +113,8 @@ def block_format(
         return (blocks.view(bytes_per_row(block, nbytes, weight.shape)),)
 
     part = Part("weight", torch.uint8, partial(bytes_per_row, block, nbytes))
-    return QuantFormat(
-        name, block, (part,), pack_rows if pack else search_rows, unpack_rows, search_rows if store else None
-    )
+    searched = search_rows if store else None
+    return QuantFormat(name, block, (part,), pack_rows if pack else search_rows, unpack_rows, searched, store)
 
 
 FP8_DATA = Part("weight", torch.float8_e4m3fn, same_shape)

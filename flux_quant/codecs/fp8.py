@@ -18,13 +18,17 @@ def pack_scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     The scale maps the largest magnitude to 448; a tensor of zeros gets scale 1. The working memory is that of a slice.
     """
     low, high = weight.aminmax()
-    largest = torch.maximum(-low, high).float()
-    smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
-    scale = torch.where(largest > 0, divide(largest, LARGEST).clamp(min=smallest), torch.ones_like(largest))
+    scale = scale_for(torch.maximum(-low, high).float())
     data = torch.empty_like(weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     for values, codes in zip(weight.reshape(-1).split(SLICE), data.view(-1).split(SLICE), strict=True):
         codes.copy_(cast(values.float() / scale))
     return data, scale
+
+
+def scale_for(largest: Tensor) -> Tensor:
+    """The largest magnitude () float32 -> the scale () float32."""
+    smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
+    return torch.where(largest > 0, divide(largest, LARGEST).clamp(min=smallest), torch.ones_like(largest))
 
 
 def unpack_scaled(data: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from flux_quant.codecs.choice import Choice
 from flux_quant.codecs.legacy import signed_largest
 
 TINY = 1e-12  # a group below it, in a block of magnitude 1 to 4, is zero
+SINGULAR = 1e-6  # a determinant below this share of its terms
 HALF_MAX = 65504.0
 IMPORTANCE_FLOOR = 1e-6  # of the mean: a group whose columns are all unused is still rounded to the nearest
 
@@ -58,6 +59,7 @@ class Search:
     scales: tuple[int, int] | None  # lowest and highest integer scale; None: a float16 scale per group
     spread: float | None  # ggml's element weight: importance * sqrt(spread * mean square + x^2); None: importance
     by_row: bool = False  # the mean square is that of the row, not of the block
+    neighbours: tuple[int, ...] = (0, -1, 1)  # what is tried around the nearest integer scale
 
     @property
     def offset(self) -> int:
@@ -66,10 +68,54 @@ class Search:
 
 
 FOUR = Affine(
-    15, ((0.1, 0.1), (0.5, -0.1), (-0.1, 0.5), (0.3, -0.1), (-0.1, 0.3), (0.5, -0.5), (0.3, 0.3), (-0.5, -0.3))
+    15,
+    (
+        (0.1, 0.1),
+        (0.5, -0.1),
+        (-0.1, 0.5),
+        (-0.9, 0.1),
+        (0.3, 0.1),
+        (-0.1, 0.3),
+        (-1.1, 0.3),
+        (0.3, -1.3),
+        (0.1, 0.3),
+        (0.1, -0.3),
+        (-0.9, -0.9),
+        (-0.3, 0.5),
+    ),
 )
-FIVE = Affine(31, ((0, 0), (0.4, -0.6), (-0.2, 0.2), (0.2, -0.2), (-0.6, 0), (-0.6, -0.6), (0, -0.6), (-0.2, 0.4)))
-TWO = Affine(3, ((0.3, 0.3), (0, 0.5), (0.4, 0), (0.1, 0.3), (0.5, -0.2), (0.3, 0.1), (-0.2, 0.1), (0.3, 0.6)))
+FIVE = Affine(
+    31,
+    (
+        (0.0, 0.0),
+        (-0.8, 0.2),
+        (0.2, -0.2),
+        (-0.2, 0.2),
+        (-1.0, -1.0),
+        (-2.0, -1.0),
+        (-1.2, 0.0),
+        (0.2, -1.2),
+        (0.4, -0.2),
+        (-0.2, 0.4),
+        (0.2, 0.2),
+        (-0.8, -1.2),
+    ),
+)
+TWO = Affine(
+    3,
+    (
+        (0.3, 0.3),
+        (0, 0.5),
+        (0.4, 0),
+        (0.1, 0.3),
+        (0.5, -0.2),
+        (0.3, 0.1),
+        (-0.2, 0.1),
+        (0.3, 0.6),
+        (0.6, 0.3),
+        (-0.3, 0.3),
+    ),
+)
 IQ4 = Table((-130, 116, -122, -108, -139, 109))
 
 SEARCHES: dict[str, Search] = {
@@ -80,7 +126,7 @@ SEARCHES: dict[str, Search] = {
     "q6_k": Search(Symmetric(31, (-32, -31, -30, -32.4, -31.5, -30.6)), 16, (-128, 127), None),
     "q5_k": Search(FIVE, 32, (0, 63), 2.0),
     "q4_k": Search(FOUR, 32, (0, 63), 2.0),
-    "q3_k": Search(Symmetric(3, (-4.2, -3.2, -4.7, -3.8)), 16, (-32, 31), 2.0),
+    "q3_k": Search(Symmetric(3, (-4.2, -3.2, -4.7, -3.8)), 16, (-32, 31), 2.0, neighbours=(0,)),
     "q2_k": Search(TWO, 16, (0, 15), 1.0),
     "iq4_xs": Search(IQ4, 32, (-32, 31), 2.0),
     "iq4_nl": Search(IQ4, 32, None, 2.0),
@@ -124,7 +170,7 @@ def choose_centred(search: Search, x: Tensor, w: Tensor, unit: Tensor) -> tuple[
     middle = (scale * inverse(d)).round()
     error = torch.full_like(scale, torch.inf)
     scales = torch.zeros_like(scale)
-    for neighbour in (0, -1, 1):
+    for neighbour in search.neighbours:
         candidate = (middle + neighbour).clamp(low, high)
         step = d * candidate
         left = total(w * (x - step * levels(rule, nearest(rule, x, step))).square())
@@ -146,7 +192,7 @@ def choose_affine(
     y, width = x - low, high - low
     sw, sy, syy = total(w), total(w * y), total(w * y * y)
     error = torch.full_like(low, torch.inf)
-    scale, shift = torch.zeros_like(low), torch.zeros_like(low)
+    scale, shift, count = (torch.zeros_like(low) for _ in range(3))  # count: sum of the codes
     for trial in (*rule.trials, None):  # the last round starts from the best so far
         if trial:
             start, step = trial[0] / rule.high * width, (1 - sum(trial) / rule.high) * width / rule.high
@@ -156,7 +202,7 @@ def choose_affine(
         sq, sqq, syq = total(w * q), total(w * q * q), total(w * y * q)
         det = sw * sqq - sq * sq
         fit, base = (sw * syq - sy * sq) / det, (sqq * sy - sq * syq) / det
-        alone = (det <= 1e-6 * sw * sqq) | (fit < 0)
+        alone = (det <= SINGULAR * sw * sqq) | (fit <= 0)
         if search.scales is not None:
             alone |= base + low > 0
         fit, base = torch.where(alone, syq * inverse(sqq), fit), torch.where(alone, 0, base)
@@ -164,26 +210,26 @@ def choose_affine(
         better = left < error
         error = torch.where(better, left, error)
         scale, shift = torch.where(better, fit, scale), torch.where(better, base, shift)
-    q = nearest(rule, y - shift, scale)
+        count = torch.where(better, sq, count)
     if search.scales is None:
         d = as_stored(scale, unit)
-        m = as_stored(low + (sy - d * total(w * q)) / sw, unit)
+        m = as_stored(low + (sy - d * count) / sw, unit)
         return nearest(rule, x - m, d), d, m, None, None
-    return quantize_pairs(search, x, w, unit, scale, -(low + shift), q)
+    return quantize_pairs(search, x, w, unit, scale, -(low + shift), count)
 
 
 def quantize_pairs(
-    search: Search, x: Tensor, w: Tensor, unit: Tensor, scale: Tensor, base: Tensor, q: Tensor
+    search: Search, x: Tensor, w: Tensor, unit: Tensor, scale: Tensor, base: Tensor, sq: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scales and minimums (n, G, 1) of groups, codes q of x for them -> codes, d, m, integer scales and minimums."""
+    """Scales, minimums and sums of codes (n, G, 1) of groups -> codes, d, m, integer scales and minimums."""
     rule, top = search.rule, search.scales[1]
     d = as_stored(scale.amax(dim=1, keepdim=True) / top, unit)
     m = as_stored(base.amax(dim=1, keepdim=True) / top, unit)
-    sq, sx, sw = total(w * q), total(w * x), total(w)
+    sx, sw = total(w * x), total(w)
     middle = (scale * inverse(d)).round()
     error = torch.full_like(scale, torch.inf)
     scales, mins = torch.zeros_like(scale), torch.zeros_like(scale)
-    for neighbour in (0, -1, 1):
+    for neighbour in search.neighbours:
         s = (middle + neighbour).clamp(0, top)
         b = ((d * s * sq - sx) * inverse(sw * m)).round().clamp(0, top)
         q = nearest(rule, x + m * b, d * s)
@@ -237,14 +283,27 @@ def as_stored(scale: Tensor, unit: Tensor) -> Tensor:
 
 
 def element_weights(search: Search, weight: Tensor, importance: Tensor, block: int) -> Tensor:
-    """weight (..., K), importance (K,) -> (n, block): ggml's weight of every element, up to a factor per block."""
-    importance = importance.to(torch.float32)
-    mean = importance.mean(dtype=torch.float64).float()
-    importance = (importance / mean).clamp(min=IMPORTANCE_FLOOR) if mean > 0 else torch.ones_like(importance)
-    weights = importance.expand_as(weight)
+    """weight (..., K) float32, importance (K,) -> (n, block): ggml's weight of an element, up to a factor per block."""
+    weights = settled(importance).expand_as(weight)
     if search.spread is not None:
         x = weight.reshape(-1, weight.shape[-1] if search.by_row else block)
-        x = x * inverse(x.abs().amax(dim=1, keepdim=True))
-        share = x.square() * inverse(search.spread * x.square().mean(dim=1, keepdim=True))
+        if search.by_row:
+            share = (x * row_roots(x).unsqueeze(1)).square()
+        else:
+            x = x * inverse(x.abs().amax(dim=1, keepdim=True))
+            share = x.square() * inverse(search.spread * x.square().mean(dim=1, keepdim=True))
         weights = weights * (1 + share).sqrt().view_as(weight)
     return weights.reshape(-1, block)
+
+
+def settled(importance: Tensor) -> Tensor:
+    """Importance with a mean of 1 and nothing below IMPORTANCE_FLOOR; ones where it says nothing."""
+    importance = importance.to(torch.float64)
+    mean = importance.mean()
+    return (importance / torch.where(mean > 0, mean, 1)).clamp(min=IMPORTANCE_FLOOR).float()
+
+
+def row_roots(rows: Tensor) -> Tensor:
+    """(N, K) -> (N,) float32: 1 / root mean square of each row, 0 for a row of zeros."""
+    squares = torch.stack([row.double().square().mean() for row in rows])
+    return torch.where(squares > 0, squares.rsqrt(), 0).clamp(max=1e30).float()
