@@ -62,7 +62,7 @@ def add_tensors(
             contents.converted[name] = Converted("fp8_e5m2", lambda data: data.to(torch.float16))
             contents.add(TensorInfo(name, place.shape, "f16"), place)
         elif scale is None:
-            contents.add(TensorInfo(name, place.shape, PLAIN.get(place.dtype, dtype_name(place.dtype))), place)
+            contents.add(TensorInfo(name, place.shape, PLAIN.get(place.dtype) or dtype_name(place.dtype)), place)
         elif place.dtype == E4M3 and prod(scale.shape) == 1:
             contents.add(TensorInfo(name, place.shape, "fp8"), place, replace(scale, shape=()))
         else:
@@ -132,9 +132,9 @@ def find_scales(
 
 def refuse_other_conventions(mapped: MappedFile, entries: Iterable[str]) -> None:
     for name in entries:
-        for suffix, tool in OTHER_CONVENTIONS.items():
-            if name.endswith(suffix):
-                raise UserError(f"{mapped.path} was quantized by {tool}: {name}; convert the original file instead")
+        if name.endswith(tuple(OTHER_CONVENTIONS)):
+            tool = next(tool for suffix, tool in OTHER_CONVENTIONS.items() if name.endswith(suffix))
+            raise UserError(f"{mapped.path} was quantized by {tool}: {name}; convert the original file instead")
 
 
 def check_scale(mapped: MappedFile, entries: Mapping[str, Place], name: str, weight: str) -> None:

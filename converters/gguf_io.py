@@ -59,7 +59,7 @@ def read_header(mapped: MappedFile) -> Header:
     version = cursor.uint32()
     if version not in (2, 3):
         raise UserError(f"{mapped.path} is GGUF version {version}; versions 2 and 3 are supported")
-    tensor_count, key_count = cursor.count(24), cursor.count(12)
+    tensor_count, key_count = cursor.entries(24), cursor.entries(12)
     metadata: dict[str, object] = {}
     for _ in range(key_count):
         key = cursor.string()

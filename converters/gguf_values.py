@@ -35,15 +35,20 @@ UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 LONGEST_KEY = 65535  # bytes
 MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+LARGEST_HEADER = 48_000_000  # bytes; that of a language model with 250,000 tokens has 10,000,000
+MOST_ENTRIES = 65_536  # tensors, and pairs
+MOST_STRINGS = 1_000_000  # in all arrays together
 
 
 class Cursor:
     """Reads a header from front to back, never beyond the end of the file."""
 
     def __init__(self, mapped: MappedFile, offset: int) -> None:
-        self.mapped, self.offset = mapped, offset
+        self.mapped, self.offset, self.strings = mapped, offset, 0
 
     def take(self, count: int) -> bytes:
+        if self.offset + count > LARGEST_HEADER:
+            raise UserError(f"{self.mapped.path}: a header of more than {LARGEST_HEADER:,} bytes is absurd")
         if self.offset + count > self.mapped.size:
             path, size = self.mapped.path, self.mapped.size
             raise UserError(f"{path} is truncated or damaged: its header goes beyond the {size:,} bytes of the file")
@@ -56,6 +61,13 @@ class Cursor:
 
     def uint64(self) -> int:
         return int.from_bytes(self.take(8), "little")
+
+    def entries(self, smallest: int) -> int:
+        """A number of tensors or pairs that take at least `smallest` bytes each."""
+        count = self.count(smallest)
+        if count > MOST_ENTRIES:
+            raise UserError(f"{self.mapped.path}: {count:,} entries in the header are absurd; up to {MOST_ENTRIES:,}")
+        return count
 
     def count(self, smallest: int) -> int:
         """A number of things that take at least `smallest` bytes each."""
@@ -86,7 +98,12 @@ class Cursor:
         kind, count = self.uint32(), self.count(1)
         if kind == ARRAY:
             raise UserError(f"{self.mapped.path}: an array of arrays, which GGUF readers refuse")
-        return [self.string() for _ in range(count)] if kind == STRING else self.numbers(kind, count)
+        if kind != STRING:
+            return self.numbers(kind, count)
+        self.strings += count
+        if self.strings > MOST_STRINGS:
+            raise UserError(f"{self.mapped.path}: {self.strings:,} strings in the header are absurd")
+        return [self.string() for _ in range(count)]
 
     def numbers(self, kind: int, count: int) -> np.ndarray:
         """Read-only."""

@@ -21,8 +21,9 @@ from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
 CONTAINER = "safetensors"
-LARGEST_HEADER = 8_000_000  # bytes; FLUX.1 in FP8 has 200,000, and reading one takes 25 times its size of memory
+LARGEST_HEADER = 4_000_000  # bytes; FLUX.1 in FP8 has 200,000, and reading one takes 25 times its size of memory
 LARGEST_NDIM = 8
+MOST_TENSORS = 32_768
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,6 +72,8 @@ def read_header(mapped: MappedFile) -> tuple[dict, int]:
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise UserError(f"{mapped.path}: the header is damaged (not a table of tensors)")
+    if len(header) > MOST_TENSORS:
+        raise UserError(f"{mapped.path}: {len(header):,} tensors are absurd; up to {MOST_TENSORS:,} are read")
     return header, 8 + length
 
 

@@ -103,7 +103,7 @@ def block_format(
         return (blocks.view(bytes_per_row(block, nbytes, weight.shape)),)
 
     def unpack_rows(data: Tensor) -> Tensor:
-        values = unpack(data.reshape(-1, nbytes))
+        values = unpack(data.reshape(-1, nbytes)) if data.numel() else data.new_empty(0, dtype=torch.float32)
         return values.view(*data.shape[:-1], data.shape[-1] // nbytes * block)
 
     def search_rows(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor]:

@@ -253,7 +253,7 @@ def damaged(good: bytes) -> dict[str, tuple[bytes, str]]:
         "data missing": (good[: 8 + length], "truncated"),
         "longer than its tensors": (good + b"x", "1 bytes follow"),
         "absurd header": (struct.pack("<Q", 1 << 62) + good[8:], "absurd"),
-        "header longer than the file": (struct.pack("<Q", 7_999_999) + entry, "truncated"),
+        "header longer than the file": (struct.pack("<Q", 3_999_999) + entry, "truncated"),
         "no JSON": (with_header(b'{"x": '), "not JSON"),
         "nested too deep": (with_header(b'{"x":' + b"[" * 100_000), "not JSON"),
         "no table": (with_header(b'{"x":5}'), "entry for x"),
