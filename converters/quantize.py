@@ -1,17 +1,21 @@
-"""One weight from one format to another, in slices of rows, with the error measured on the way.
+"""One weight from one format to another, with the error measured on the way.
 
-Blocks never cross rows, so a weight is converted slice by slice: the working memory stays at a few times `SLICE`
-elements however large the weight is. A format with a scale for the whole weight is packed at once.
+On the CPU the loops of `kernels.cpu_quantize` work on the stored 16 or 32 bits; elsewhere the codecs do. What has to be
+unpacked first goes slice by slice: blocks never cross rows, so the working memory stays at a few times `SLICE` elements
+however large the weight is, and the result does not depend on where it was cut.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log10, prod
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
+from flux_quant.codecs import fp8
 from flux_quant.formats import FORMATS, QuantFormat, Shape
+from flux_quant.kernels import cpu_quantize
 
 SLICE = 1 << 22  # elements: 16 MB as float32
 
@@ -41,18 +45,68 @@ class Deviation:
         return (self.noise / self.signal) ** 0.5 if self.signal else float(self.noise > 0)
 
 
-def requantize(source: QuantFormat, parts: Parts, shape: Shape, target: QuantFormat) -> tuple[Parts, Deviation]:
-    """Stored parts of a weight of `shape` -> its parts in another format (unchanged in the same), and the deviation."""
-    ready = parts if source.name == target.name else None
-    if ready is None and len(target.parts) > 1:
-        ready = target.pack(parts[0] if source.is_plain else source.unpack(*parts))
-    packed, deviation = [], Deviation()
+def requantize(
+    source: QuantFormat,
+    parts: Parts,
+    shape: Shape,
+    target: QuantFormat,
+    search: bool = True,
+    importance: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Parts, Deviation]:
+    """Stored parts of a weight of `shape` -> its parts in another format (unchanged in the same), and the deviation.
+
+    `search` looks for the best scales where the format has a search, weighted with `importance` (K,) of each input.
+    """
+    device = torch.device(device or "cpu")
+    if source.name == target.name:
+        return parts, sum((Deviation(square_sum(w)) for _, w in unpacked(source, parts, shape, device)), Deviation())
+    loops = device.type == "cpu" and cpu_quantize.supports(target.name)
+    if loops and source.is_plain:
+        packed, *sums = cpu_quantize.quantize(target.name, parts[0], importance, search)
+        return packed, Deviation(*sums)
+    if len(target.parts) > 1:
+        return scaled(source, parts, shape, target, device)
+    pieces, deviation = [], Deviation()
+    for _, weight in unpacked(source, parts, shape, device):
+        if loops:
+            packed, *sums = cpu_quantize.quantize(target.name, weight, importance, search)
+        else:
+            packed = pack(target, weight, search, importance)
+            sums = square_sum(weight), square_sum(weight - target.unpack(*packed))
+        pieces.append(tuple(part.to(parts[0].device) for part in packed))
+        deviation += Deviation(*sums)
+    return tuple(map(torch.cat, zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0], deviation
+
+
+def pack(target: QuantFormat, weight: Tensor, search: bool, importance: Tensor | None) -> Parts:
+    if not search or target.search is None:
+        return target.pack(weight)
+    return target.search(weight, None if importance is None else importance.to(weight.device))
+
+
+def scaled(
+    source: QuantFormat, parts: Parts, shape: Shape, target: QuantFormat, device: torch.device
+) -> tuple[Parts, Deviation]:
+    """FP8 with one scale: read once for the largest magnitude, once more to cast."""
+    largest = torch.stack([weight.abs().amax() for _, weight in unpacked(source, parts, shape, device)]).amax()
+    scale = fp8.scale_for(largest)
+    data = torch.empty(shape, dtype=target.parts[0].dtype)
+    deviation = Deviation()
+    for rows, weight in unpacked(source, parts, shape, device):
+        codes = fp8.cast(weight / scale)
+        data[rows] = codes.to(data.device)
+        deviation += Deviation(square_sum(weight), square_sum(weight - target.unpack(codes, scale)))
+    return (data, scale.to(data.device)), deviation
+
+
+def unpacked(
+    source: QuantFormat, parts: Parts, shape: Shape, device: torch.device
+) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
+    """Slices of rows of a weight in float32 on a device, and where they lie."""
     for first, last in row_ranges(shape):
-        weight = source.unpack(*take_rows(parts, first, last))
-        rows = take_rows(ready, first, last) if ready else target.pack(weight)
-        packed.append(rows)
-        deviation += Deviation(square_sum(weight), square_sum(weight - target.unpack(*rows)))
-    return ready or tuple(map(torch.cat, zip(*packed, strict=True))), deviation
+        rows = slice(first, last) if shape else ...
+        yield rows, source.unpack(*(part.to(device) for part in take_rows(parts, first, last)))
 
 
 def row_ranges(shape: Shape) -> Iterator[tuple[int, int]]:

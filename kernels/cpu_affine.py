@@ -153,9 +153,10 @@ def affine_integers(y, w, width, groups, highest, top, scale, base, low, count, 
 def affine(source, batches, shape, w, importance, spread, row_inverse, trials, highest, top, out):
     """Search batches first .. last of the input. Returns sums of squares: (of the input, of the error).
 
-    source = (halves, singles, kind), shape = (first weight, how many, group, groups per block), w = room for the
-    weights of a batch and importance as `weigh` wants it, or None, trials (T, 2): start in units of the range, codes per range; highest integer scale, 0 without, top
-    code, out = (codes (elements), scales (groups), d (blocks), mins (groups), m (blocks)).
+    source = (halves, singles, kind); shape = (first weight, how many, group, groups per block); w = room for the
+    weights of a batch and importance as `weigh` wants it, or None; trials (T, 2): start in units of the range, codes
+    per range; highest integer scale, 0 without; top code; out = (codes (elements), scales (groups), d (blocks), mins
+    (groups), m (blocks)).
     """
     start, elements, width, groups = shape
     size = width * WIDTH

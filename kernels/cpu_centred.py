@@ -110,9 +110,9 @@ def centred_integers(x, w, width, groups, integer_range, low, high, scale, unit,
 def centred(source, batches, shape, w, importance, spread, row_inverse, trials, integer_range, low, high, out):
     """Search batches first .. last of the input. Returns sums of squares: (of the input, of the error).
 
-    source = (halves, singles, kind), shape = (first weight, how many, group, groups per block), w = room for the
-    weights of a batch and importance as `weigh` wants it, or None, integer_range = (lowest, highest, how many to try) of the scales, zeros without, out = (codes
-    (elements), scales (groups), d (blocks), and what has no use here).
+    source = (halves, singles, kind); shape = (first weight, how many, group, groups per block); w = room for the
+    weights of a batch and importance as `weigh` wants it, or None; integer_range = (lowest, highest, how many to try)
+    of the scales, zeros without; out = (codes (elements), scales (groups), d (blocks), and what has no use here).
     """
     start, elements, width, groups = shape
     offset = ZERO if low is None else -low

@@ -78,7 +78,7 @@ def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor
             roots = row_roots(weight.view(-1, columns)).numpy()
         importance = repeated(settled(importance), columns + 2 * LANES * LANES)
     weights = (importance, np.float32(search.spread or 0), roots)
-    kernel, rule = kernel_of(search)
+    kernel, rule = kernel_of(search, importance is not None)
 
     def work(start: int, count: int) -> list[Sums]:
         blocks = count // fmt.block
@@ -100,15 +100,15 @@ def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor
     return work
 
 
-def kernel_of(search: Search) -> tuple[Callable, tuple[object, ...]]:
+def kernel_of(search: Search, weighted: bool) -> tuple[Callable, tuple[object, ...]]:
     """The loop for a search, and what it wants to know of its rule."""
-    rule, (lowest, highest) = search.rule, search.scales or (0, 0)
+    rule, trials, (lowest, highest) = search.rule, search.trials(weighted), search.scales or (0, 0)
     if isinstance(rule, Affine):
-        trials = [(a / rule.high, rule.high / (1 - (a + b) / rule.high)) for a, b in rule.trials]
+        trials = [(a / rule.high, rule.high / (1 - (a + b) / rule.high)) for a, b in trials]
         return compiled("cpu_affine", "affine"), (np.float32(trials), np.float32(highest), np.float32(rule.high))
     bounds = (np.float32(-rule.high - 1), np.float32(rule.high)) if isinstance(rule, Symmetric) else (None, None)
     integers = (np.float32(lowest), np.float32(highest), len(search.neighbours))
-    return compiled("cpu_centred", "centred"), (np.float32(rule.trials), integers, *bounds)
+    return compiled("cpu_centred", "centred"), (np.float32(trials), integers, *bounds)
 
 
 def rounding(name: str, weight: Tensor, data: Tensor, pool: ThreadPoolExecutor) -> Work:

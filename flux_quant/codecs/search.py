@@ -35,6 +35,7 @@ class Affine:
 
     high: int
     trials: tuple[tuple[float, float], ...]
+    weighted: tuple[tuple[float, float], ...]  # further ones where elements have weights: the extremes may not matter
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Symmetric:
 
     high: int
     trials: tuple[float, ...]
+    weighted: tuple[float, ...]  # further ones where elements have weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Table:
     """value = scale * VALUES[code]. A trial is what the value of largest magnitude is mapped to."""
 
     trials: tuple[float, ...]
+    weighted: tuple[float, ...]  # further ones where elements have weights
 
 
 @dataclass(frozen=True)
@@ -66,67 +69,59 @@ class Search:
         """What is added to a code before it is stored."""
         return self.rule.high + 1 if isinstance(self.rule, Symmetric) else 0
 
+    def trials(self, weighted: bool) -> tuple:
+        return (*self.rule.trials, *self.rule.weighted) if weighted else self.rule.trials
 
+
+# fmt: off
 FOUR = Affine(
     15,
     (
-        (0.1, 0.1),
-        (0.5, -0.1),
-        (-0.1, 0.5),
-        (-0.9, 0.1),
-        (0.3, 0.1),
-        (-0.1, 0.3),
-        (-1.1, 0.3),
-        (0.3, -1.3),
-        (0.1, 0.3),
-        (0.1, -0.3),
-        (-0.9, -0.9),
-        (-0.3, 0.5),
+        (0.1, 0.1), (0.5, -0.1), (-0.1, 0.5), (-0.9, 0.1), (0.3, 0.1), (-0.1, 0.3),
+        (-1.1, 0.3), (0.3, -1.3), (0.1, 0.3), (0.1, -0.3), (-0.9, -0.9), (-0.3, 0.5),
     ),
+    ((1.3, 0.1), (0.1, 1.9), (0.7, 1.3), (0.7, 0.7)),
 )
 FIVE = Affine(
     31,
     (
-        (0.0, 0.0),
-        (-0.8, 0.2),
-        (0.2, -0.2),
-        (-0.2, 0.2),
-        (-1.0, -1.0),
-        (-2.0, -1.0),
-        (-1.2, 0.0),
-        (0.2, -1.2),
-        (0.4, -0.2),
-        (-0.2, 0.4),
-        (0.2, 0.2),
-        (-0.8, -1.2),
+        (0, 0), (-0.8, 0.2), (0.2, -0.2), (-0.2, 0.2), (-1, -1), (-2, -1),
+        (-1.2, 0), (0.2, -1.2), (0.4, -0.2), (-0.2, 0.4), (0.2, 0.2), (-0.8, -1.2),
     ),
+    ((0.6, 1.6), (0.6, -0.4), (1.6, 0.6), (0.6, 0.6)),
 )
 TWO = Affine(
     3,
     (
-        (0.3, 0.3),
-        (0, 0.5),
-        (0.4, 0),
-        (0.1, 0.3),
-        (0.5, -0.2),
-        (0.3, 0.1),
-        (-0.2, 0.1),
-        (0.3, 0.6),
-        (0.6, 0.3),
-        (-0.3, 0.3),
+        (0.3, 0.3), (0, 0.5), (0.4, 0), (0.1, 0.3), (0.5, -0.2), (0.3, 0.1),
+        (-0.2, 0.1), (0.3, 0.6), (0.6, 0.3), (-0.3, 0.3),
     ),
+    ((-0.3, 0.9), (0.9, -0.3), (1.5, -0.3), (0.6, 0.9)),
 )
-IQ4 = Table((-130, 116, -122, -108, -139, 109))
+# fmt: on
+IQ4 = Table((-130, 115, -122, -138, -109, 122, 107, 92), (136, -170, -94, -154))
 
 SEARCHES: dict[str, Search] = {
     "q5_1": Search(FIVE, 32, None, 1.0, by_row=True),
-    "q5_0": Search(Symmetric(15, (-16.1, -15, -16.6, 14, -15.7, -15.3)), 32, None, 1.0, by_row=True),
+    "q5_0": Search(
+        Symmetric(15, (-16.2, -15, -15.8, -14, -16.8, -13), (12.7, -18.3, -17.3, -20)), 32, None, 1.0, by_row=True
+    ),
     "q4_1": Search(FOUR, 32, None, 1.0, by_row=True),
-    "q4_0": Search(Symmetric(7, (-8.2, -7.4, -8.8, -7.8, -7, -8.5)), 32, None, 1.0, by_row=True),
-    "q6_k": Search(Symmetric(31, (-32, -31, -30, -32.4, -31.5, -30.6)), 16, (-128, 127), None),
+    "q4_0": Search(
+        Symmetric(7, (-8.2, -7.4, -8.8, -7.8, -7, -8.5), (-10.2, 5.8, 9, -12.2)), 32, None, 1.0, by_row=True
+    ),
+    "q6_k": Search(
+        Symmetric(31, (-32, -31, -30, -29, -27.5, -26.5, -25, -28), (-24, -27, -34, -22)), 16, (-128, 127), None
+    ),
     "q5_k": Search(FIVE, 32, (0, 63), 2.0),
     "q4_k": Search(FOUR, 32, (0, 63), 2.0),
-    "q3_k": Search(Symmetric(3, (-4.2, -3.2, -4.7, -3.8)), 16, (-32, 31), 2.0, neighbours=(0,)),
+    "q3_k": Search(
+        Symmetric(3, (-4.2, -3.2, -4.7, -3.8), (-6.6, 5.2, 2.6, -8.8, -4.4, -2.9, -5.3, 3.8)),
+        16,
+        (-32, 31),
+        2.0,
+        neighbours=(0,),
+    ),
     "q2_k": Search(TWO, 16, (0, 15), 1.0),
     "iq4_xs": Search(IQ4, 32, (-32, 31), 2.0),
     "iq4_nl": Search(IQ4, 32, None, 2.0),
@@ -139,23 +134,26 @@ def choose(search: Search, blocks: Tensor, weights: Tensor | None = None) -> Cho
     unit = torch.exp2(exponent).view(-1, 1, 1)
     x = (blocks / unit.view(-1, 1)).view(len(blocks), -1, search.group)
     w = x.new_ones(()).expand_as(x) if weights is None else weights.view_as(x)
+    trials = search.trials(weights is not None)
     if isinstance(search.rule, Affine):
-        codes, d, m, scales, mins = choose_affine(search, x, w, unit)
+        codes, d, m, scales, mins = choose_affine(search, trials, x, w, unit)
         mins = None if mins is None else mins.flatten(1).to(torch.int16)
     else:
-        (codes, d, scales), m, mins = choose_centred(search, x, w, unit), None, None
+        (codes, d, scales), m, mins = choose_centred(search, trials, x, w, unit), None, None
     scales = None if scales is None else scales.flatten(1).to(torch.int16)
     codes = (codes + search.offset).flatten(1).to(torch.uint8)
     restore = [None if part is None else (part * unit).view(-1, 1) for part in (d, m)]
     return Choice(codes, *restore, scales, mins)
 
 
-def choose_centred(search: Search, x: Tensor, w: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def choose_centred(
+    search: Search, trials: tuple, x: Tensor, w: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, w (n, G, L) -> codes (n, G, L), d (n, 1, 1), integer scales (n, G, 1)."""
     rule = search.rule
     largest = signed_largest(x.flatten(0, 1)).view(*x.shape[:2], 1)
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
-    for trial in (*rule.trials, None):  # the last round starts from the best scale so far
+    for trial in (*trials, None):  # the last round starts from the best scale so far
         step = largest / trial if trial else scale
         values = levels(rule, nearest(rule, x, step))
         xq, qq = total(w * x * values), total(w * values * values)
@@ -182,7 +180,7 @@ def choose_centred(search: Search, x: Tensor, w: Tensor, unit: Tensor) -> tuple[
 
 
 def choose_affine(
-    search: Search, x: Tensor, w: Tensor, unit: Tensor
+    search: Search, trials: tuple, x: Tensor, w: Tensor, unit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """x, w (n, G, L) -> codes (n, G, L), d and m (n, 1, 1), integer scales and minimums (n, G, 1)."""
     rule = search.rule
@@ -193,7 +191,7 @@ def choose_affine(
     sw, sy, syy = total(w), total(w * y), total(w * y * y)
     error = torch.full_like(low, torch.inf)
     scale, shift, count = (torch.zeros_like(low) for _ in range(3))  # count: sum of the codes
-    for trial in (*rule.trials, None):  # the last round starts from the best so far
+    for trial in (*trials, None):  # the last round starts from the best so far
         if trial:
             start, step = trial[0] / rule.high * width, (1 - sum(trial) / rule.high) * width / rule.high
         else:
