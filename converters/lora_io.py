@@ -94,8 +94,7 @@ def place(key: str, reader: FileReader, names: ModuleNames, alphas: "PeftAlphas"
 def stored(reader: FileReader, key: str) -> Tensor:
     """A view of the file where the type is one to compute with."""
     if key in reader.foreign:  # F64 and whole numbers: alphas, shapes
-        tensor = reader.mapped.tensor(reader.places[key][0])
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return reader.mapped.tensor(reader.places[key][0])
     info = reader.tensors[key]
     return reader.read(key)[0] if FORMATS[info.format].is_plain else load(reader, key)
 

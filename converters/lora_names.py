@@ -159,10 +159,11 @@ class ModuleNames:
         for prefix, component in TEXT_PREFIXES.items():
             if text.startswith(prefix):
                 return text_module(text.removeprefix(prefix), component)
-        if text in self.targets:
-            return self.targets[text], text
-        inner = (self.resolve(text.removeprefix(prefix)) for prefix in PREFIXES if text.startswith(prefix))
-        return next((found for found in inner if found), None)
+        for _ in range(len(PREFIXES)):
+            if text in self.targets:
+                return self.targets[text], text
+            text = next((text.removeprefix(prefix) for prefix in PREFIXES if text.startswith(prefix)), text)
+        return None
 
 
 def text_module(text: str, component: str) -> tuple[Target, str] | None:

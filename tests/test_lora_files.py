@@ -1,6 +1,7 @@
 """Scales and types in LoRA files, what PEFT writes into the header, and files and options that cannot be right."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flux_quant.converters.lora_io import parse_lora_option, read_lora
 from flux_quant.converters.lora_math import fused
+from flux_quant.converters.lora_names import ROLES
 from flux_quant.converters.lora_records import Lora
 from flux_quant.errors import UserError
 
@@ -214,3 +216,43 @@ def test_option(text, path, strength):
 def test_option_mistakes(text):
     with pytest.raises(UserError, match="strength"):
         parse_lora_option(text)
+
+
+def test_any_shapes_end_in_a_line_or_a_lora(read, tiny_flux):
+    """Random parts of random shapes and types on few modules: never another exception, and what is read can be used."""
+    generator = random.Random(0)
+    modules = (
+        "double_blocks.0.img_attn.qkv",
+        "transformer_blocks.0.attn.to_k",
+        OUT,
+        "img_in",
+        "lora_te3_encoder_final_layer_norm",
+    )
+    modules += ("single_blocks.1.norm.key_norm", "lora_te2_encoder_block_0_layer_0_SelfAttention_q", "txt_in")
+    ends = [end for role, ends in ROLES.items() for end in ends[:1]]
+    sizes = (0, 1, 2, 64, 128, HIDDEN, 2 * HIDDEN, 3 * HIDDEN)
+    read_well = 0
+    for _ in range(600):
+        tensors = {}
+        for _ in range(generator.randint(1, 5)):
+            shape = [generator.choice(sizes) for _ in range(generator.choice((0, 1, 2, 2, 2, 2)))]
+            shape += generator.choice(([], [], [], [1, 1], [3, 3] if shape and shape[0] < 9 else []))
+            dtype = generator.choice((torch.float32, torch.bfloat16, torch.int64))
+            tensors[generator.choice(modules) + generator.choice(ends)] = torch.ones(shape, dtype=dtype)
+        if generator.random() < 0.7:  # something that fits
+            up, down = torch.ones(HIDDEN, 2), torch.ones(2, HIDDEN)
+            tensors |= {f"{modules[1]}.lora_up.weight": up, f"{modules[1]}.lora_down.weight": down}
+        try:
+            lora = read(tensors)
+            read_well += 1
+            for name in {f"{record.module}.weight" for record in lora.records} & tiny_flux.keys():
+                assert fused(name, tiny_flux[name].float(), [(lora, 0.5)]).isfinite().all()
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert read_well > 50
+
+
+def test_endless_prefixes(read):
+    """A name is a string of the file: its length must cost nothing."""
+    long = "model." * 100_000
+    assert read({**GOOD, f"{long}{MODULE}.diff": torch.ones(1)}).unused == [f"{long}{MODULE}.diff"]
