@@ -9,6 +9,7 @@ views of the mapped file. Files are created by `writer.py`.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -92,7 +93,7 @@ class FileReader:
         converted = self.contents.converted.get(name)
         return converted.kind if converted else (self.tensors.get(name) or self.foreign[name]).format
 
-    @property
+    @cached_property
     def input_scales(self) -> dict[str, float]:
         return {name: float(self.mapped.tensor(place)) for name, place in self.contents.input_scales.items()}
 
@@ -148,7 +149,7 @@ class MergedReader:
         reader, inner = self.places[name]
         return reader.stored_as(inner)
 
-    @property
+    @cached_property
     def input_scales(self) -> dict[str, float]:
         return {prefix + name: s for prefix, reader in self.parts for name, s in reader.input_scales.items()}
 

@@ -5,6 +5,7 @@ An all-in-one file or a pipeline's folder holds several models under prefixes, a
 packed bytes where that is exact), halves that have changed places are put back.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ class Component:
     def stored_as(self, name: str) -> str:
         return " + ".join(dict.fromkeys(self.reader.stored_as(self.prefix + n) for n in self.places[name].names))
 
-    @property
+    @cached_property
     def input_scales(self) -> dict[str, float]:
         """By canonical name; the largest where several layers were joined."""
         scales = self.reader.input_scales

@@ -5,6 +5,7 @@ refuses the rest, so nothing in the file is executed. The archive is checked bef
 (a small file could fill the memory), and no tensor may be larger than what is stored for it. Values are mapped.
 """
 
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -47,7 +48,9 @@ def load(path: Path, zipped: bool) -> tuple[LoadedFile, Contents]:
     elif path.stat().st_size > LARGEST_PROGRAM:
         raise UserError(f"{path} is a pickle in PyTorch's form of before 2020, too large to be read safely; {REMEDY}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch doubts unusual pickles that it reads well
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged program can raise anything
         reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
         raise UserError(

@@ -77,19 +77,20 @@ def read_all(path: Path) -> bool:
         return False
 
 
-def survive(path: Path, mutated: Callable[[int], bytes], cases: int) -> None:
+def survive(path: Path, good: bytes, mutated: Callable[[int], bytes], seeds: range) -> None:
     """All cases; what went wrong is said with the seed that does it again."""
-    read_all(path)
+    path.write_bytes(good)
+    assert read_all(path)
     forget_peak()
     before, accepted = status("VmRSS"), 0
-    for seed in range(cases):
+    for seed in seeds:
         path.write_bytes(mutated(seed))
         try:
             accepted += read_all(path)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
     assert status("VmHWM") - before < MEGABYTES
-    assert 0 < accepted < cases  # some mutations do no harm, most do
+    assert 0 < accepted < len(seeds)  # some mutations do no harm, most do
 
 
 # --- Bytes ------------------------------------------------------------------------------------------------------------
@@ -291,33 +292,18 @@ def gguf_case(seed: int) -> bytes:
     return bytes(data)
 
 
-CASE = {"safetensors": safetensors_case, "gguf": gguf_case}
+CASE = {"safetensors": (packed(*safetensors_table()), safetensors_case), "gguf": (gguf_file()[0], gguf_case)}
 
 
-def good_file(suffix: str) -> bytes:
-    return packed(*safetensors_table()) if suffix == "safetensors" else gguf_file()[0]
-
-
-@pytest.mark.parametrize("suffix", CASE)
-def test_the_unchanged_file_is_read(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    path.write_bytes(good_file(suffix))
-    assert read_all(path)
-
-
-@pytest.mark.parametrize("suffix", CASE)
-def test_mutations(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    path.write_bytes(good_file(suffix))
-    survive(path, CASE[suffix], CASES)
+@pytest.mark.parametrize(("good", "mutated"), CASE.values(), ids=CASE)
+def test_mutations(tmp_path, good, mutated):
+    survive(tmp_path / "x", good, mutated, range(CASES))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", CASE)
-def test_many_mutations(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    path.write_bytes(good_file(suffix))
-    survive(path, lambda seed: CASE[suffix](CASES + seed), 30 * CASES)
+@pytest.mark.parametrize(("good", "mutated"), CASE.values(), ids=CASE)
+def test_many_mutations(tmp_path, good, mutated):
+    survive(tmp_path / "x", good, mutated, range(CASES, 30 * CASES))
 
 
 # --- Large headers that say little ------------------------------------------------------------------------------------
@@ -352,7 +338,6 @@ def array_of(kind: int, count: int, body: bytes) -> bytes:
 BOMBS: dict[str, Callable[[], bytes]] = {
     "tables": lambda: packed(b'{"a":[' + repeated(b"{},") + b"0]}", b""),
     "lists": lambda: packed(b'{"a":[' + repeated(b"[],") + b"0]}", b""),
-    "nested tables": lambda: packed(b'{"a":[' + repeated(b'{"a":{"b":{}}},') + b"0]}", b""),
     "strings": lambda: packed(b'{"a":[' + repeated(b'"ab",') + b"0]}", b""),
     "floats": lambda: packed(b'{"a":[' + repeated(b"0.1,") + b"0]}", b""),
     "a long shape": lambda: packed(
@@ -366,7 +351,6 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "gguf tensors": lambda: gguf_of(100_000, 0, b"".join(map(tensor_of, range(100_000)))),
     "gguf strings": lambda: array_of(8, 5_000_000, bytes(40_000_000)),
     "gguf bytes": lambda: array_of(0, 60_000_000, bytes(60_000_000)),
-    "gguf bools": lambda: array_of(7, 60_000_000, bytes(60_000_000)),
     "gguf string": lambda: gguf_of(0, 1, struct.pack("<Q1sIQ", 1, b"a", 8, 60_000_000) + bytes(60_000_000)),
 }
 

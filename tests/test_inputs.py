@@ -77,13 +77,6 @@ def vae() -> nn.Module:
     return randomised(AutoencoderKL(**VAE))
 
 
-def controlnet() -> nn.Module:
-    from diffusers import FluxControlNetModel
-
-    sizes = {key: value for key, value in FLUX.diffusers().items() if key != "out_channels"}
-    return randomised(FluxControlNetModel(**sizes, num_mode=4))
-
-
 def t5(full: bool = False) -> nn.Module:
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
@@ -341,11 +334,33 @@ def test_vae(tmp_path):
     assert_same(dict(load_vae(tmp_path).state_dict()), model.state_dict())
 
 
+def test_packed_values_that_change_their_shape(tmp_path):
+    """Blocks lie along rows: a matrix that becomes a convolution, or is turned, is unpacked."""
+    state = {name: tensor.contiguous() for name, tensor in vae().state_dict().items()}
+    fmt, content = FORMATS["q8_0"], {}
+    for name, tensor in state.items():
+        rows = torch.nn.functional.pad(tensor, (0, 16)).repeat(2, 1) if ".to_" in name and tensor.ndim == 2 else tensor
+        used = fmt if rows.shape == (32, 32) else FORMATS["f32"]
+        content[name] = TensorInfo(name, tuple(rows.shape), used.name), used.pack(rows)
+    with create_checkpoint(tmp_path / "vae.gguf", [info for info, _ in content.values()], {}) as writer:
+        for name, (_, parts) in content.items():
+            writer.write(name, parts)
+    with open_component(tmp_path / "vae.gguf", "VAE") as reader:
+        name = "decoder.mid.attn_1.k.weight"
+        assert reader.tensors[name] == TensorInfo(name, (32, 32, 1, 1), "f32") and reader.quantized == {"q8_0"}
+        assert reader.stored_as(name) == "q8_0" and reader.nbytes(name) == 32 * 34
+        stored = fmt.unpack(*content["decoder.mid_block.attentions.0.to_k.weight"][1])
+        assert torch.equal(load(reader, name)[:, :, 0, 0], stored)
+
+
 # --- ControlNet, Redux, SDXL ------------------------------------------------------------------------------------------
 
 
 def test_controlnet(tmp_path):
-    model = controlnet()
+    from diffusers import FluxControlNetModel
+
+    sizes = {key: value for key, value in FLUX.diffusers().items() if key != "out_channels"}
+    model = randomised(FluxControlNetModel(**sizes, num_mode=4))
     model.save_pretrained(tmp_path)
     with open_component(tmp_path, "FLUX ControlNet") as reader:
         assert reader.family.variant == "Union" and not reader.ignored
@@ -357,8 +372,7 @@ def test_redux(tmp_path):
 
     model = randomised(ReduxImageEncoder(redux_dim=12, txt_in_features=16))
     model.save_pretrained(tmp_path)
-    with open_component(tmp_path, "FLUX Redux") as reader:
-        assert_same(values(reader), model.state_dict())
+    assert_same(values(open_component(tmp_path, "FLUX Redux")), model.state_dict())
 
 
 @pytest.mark.parametrize(("config", "variant"), [(SDXL, "base"), (REFINER, "refiner")], ids=["base", "refiner"])
@@ -375,8 +389,8 @@ def test_sdxl(tmp_path, config, variant):
     layers = {"layers_per_block": 2, **config}
     assert_same(convert_ldm_unet_checkpoint(single, layers), model.state_dict())
     text = {f"conditioner.embedders.0.transformer.{n}": p.clone() for n, p in in_clip_names(clip()).items()}
-    other = {"first_stage_model.encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}
-    other |= {"first_stage_model.decoder.up.0.block.0.conv1.weight": torch.ones(4, 4, 3, 3)}
+    names = ("encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight")
+    other = {f"first_stage_model.{name}": torch.ones(4, 3, 3, 3) for name in names}
     save_file(single | text | other, tmp_path / "sdxl.safetensors")
     with open_checkpoint(tmp_path / "sdxl.safetensors") as reader:
         found = {component.family.name: component for component in components(reader)}
