@@ -31,6 +31,8 @@ class Source:
 def resolve(path: Path) -> Source:
     """UserError if files are missing or the choice is not clear."""
     if not path.is_dir():
+        if path.name == PIPELINE:
+            return resolve(path.parent)
         if path.suffix == ".json":
             return from_index(path)
         return Source(tuple(("", file) for file in siblings(path)))

@@ -85,7 +85,7 @@ def kind_of(place: Place, scale: Place) -> str:
 def scaled(data: Tensor, scale: Tensor) -> Tensor:
     """data (N, ...) FP8, scale of any shape that `grid` takes -> float32."""
     rows, columns = grid(tuple(data.shape), tuple(scale.shape))
-    tiles = data.float().view(rows, data.shape[0] // rows, columns, -1)
+    tiles = data.float().view(rows, data.shape[0] // rows, columns, prod(data.shape[1:]) // columns)
     return tiles.mul_(scale.float().view(rows, 1, columns, 1)).view(data.shape)
 
 

@@ -178,7 +178,7 @@ def pipeline(tmp_path_factory) -> Path:
 
 
 def test_pipeline_is_like_an_all_in_one_file(pipeline):
-    with open_checkpoint(pipeline) as reader:
+    with open_checkpoint(pipeline / "model_index.json") as reader:
         found = {component.prefix: component for component in components(reader)}
         assert {prefix: component.family.name for prefix, component in found.items()} == {
             "transformer/": "FLUX.1",

@@ -67,6 +67,7 @@ CONVENTIONS = {  # id -> (stored tensors, format that is shown, name of the stor
     "H per row": (stored(ROWS[:, None], "scale_weight"), "f32", "fp8 per row", DATA * ROWS[:, None]),
     "H per block": (stored(PER_ROW_BLOCKS, "scale_weight"), "f32", "fp8 per block", BY_ROW_BLOCKS),
     "scale in bfloat16": (stored(ONE.bfloat16()), "fp8", "fp8", DATA / 4),
+    "no rows": ({"m.weight": torch.empty(0, 12).to(E4M3), "m.weight_scale": ROWS}, "f32", "fp8 per block", DATA[:0]),
     "a norm's scale": ({"m.scale": VALUES[0], "m.weight": VALUES.to(E4M3)}, "fp8_plain", "fp8_plain", DATA),
 }  # fmt: skip
 
@@ -80,11 +81,11 @@ def written(folder: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
 def test_conventions(tmp_path, tensors, shown, kind, expected):
     with open_checkpoint(written(tmp_path, tensors)) as reader:
         assert set(reader.tensors) - {"m.scale"} == {"m.weight"} and not reader.foreign
-        assert reader.tensors["m.weight"] == TensorInfo("m.weight", (8, 12), shown)
+        assert reader.tensors["m.weight"] == TensorInfo("m.weight", tuple(expected.shape), shown)
         assert reader.stored_as("m.weight") == kind
         assert torch.equal(load(reader, "m.weight"), expected)
         scale = sum(t.nbytes for name, t in tensors.items() if name in ("m.weight_scale", "m.scale_weight"))
-        assert reader.nbytes("m.weight") == 96 + scale
+        assert reader.nbytes("m.weight") == expected.numel() + scale
     assert kind in summarize(tmp_path / "x.safetensors").formats
 
 
