@@ -47,11 +47,11 @@ class Cursor:
         self.mapped, self.offset, self.strings = mapped, offset, 0
 
     def take(self, count: int) -> bytes:
-        if self.offset + count > LARGEST_HEADER:
-            raise UserError(f"{self.mapped.path}: a header of more than {LARGEST_HEADER:,} bytes is absurd")
         if self.offset + count > self.mapped.size:
             path, size = self.mapped.path, self.mapped.size
             raise UserError(f"{path} is truncated or damaged: its header goes beyond the {size:,} bytes of the file")
+        if self.offset + count > LARGEST_HEADER:
+            raise UserError(f"{self.mapped.path}: a header of more than {LARGEST_HEADER:,} bytes is absurd")
         data = self.mapped.bytes(self.offset, count)
         self.offset += count
         return data
