@@ -5,7 +5,8 @@ the mapped file: nothing is unpacked or copied that a forward pass can unpack it
 embeddings, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from flux_quant import arch
 from flux_quant.configs import clip_config, t5_config, vae_config
 from flux_quant.converters.checkpoint import CheckpointReader, load
-from flux_quant.converters.component import open_component
+from flux_quant.converters.component import Component, open_component
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 
 def shapes_of(reader: CheckpointReader) -> dict[str, arch.Shape]:
     return {name: info.shape for name, info in reader.tensors.items()}
+
+
+@contextmanager
+def dimensions_of(reader: Component) -> Iterator[None]:
+    """While a model's dimensions are read off its tensors: what fails then is the file's fault."""
+    try:
+        yield
+    except KeyError as missing:
+        raise UserError(f"{reader.path}: no complete {reader.family.name}: tensor {missing} is missing") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{reader.path}: no {reader.family.name} has tensors of such shapes ({error})") from None
 
 
 def load_flux(path: str | Path) -> Flux:
@@ -45,7 +57,7 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
     from transformers import T5Config, T5EncoderModel
 
     reader = open_component(path, "T5 encoder")
-    with torch.device("meta"):
+    with dimensions_of(reader), torch.device("meta"):
         model = T5EncoderModel(T5Config(**t5_config(shapes_of(reader))))
     model.encoder.embed_tokens = model.shared
     bind(model, reader)
@@ -74,7 +86,8 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
 
     reader = open_component(path, "CLIP-L")
     shapes = shapes_of(reader)
-    model = CLIPTextModel(CLIPTextConfig(**clip_config(shapes, end_of_text)))
+    with dimensions_of(reader):
+        model = CLIPTextModel(CLIPTextConfig(**clip_config(shapes, end_of_text)))
     prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
     state = {name.removeprefix(prefix): load(reader, name) for name in shapes if name.startswith("text_model.")}
     fill(model, state, reader.path)
@@ -87,7 +100,8 @@ def load_vae(path: str | Path) -> "AutoencoderKL":
 
     reader = open_component(path, "VAE")
     tensors = {name: load(reader, name) for name in reader.tensors}
-    model = AutoencoderKL(**vae_config(shapes_of(reader)))
+    with dimensions_of(reader):
+        model = AutoencoderKL(**vae_config(shapes_of(reader)))
     fill(model, vae_to_diffusers(tensors), reader.path)
     return model.eval()
 
