@@ -116,12 +116,12 @@ def affine_scale(y, w, width, trials, top, low, span, sw, sy, syy, positive):
 
 
 @loop
-def affine_integers(y, w, width, groups, highest, top, scale, base, low, count, sums, unit, reciprocal, lane, q):
+def affine_integers(y, w, width, groups, highest, top, scale, base, low, count, sums, unit, reciprocal, q):
     """Scales and minimums of groups -> d and dmin of each block in all of its lanes, their integer multiples."""
     sw, sy = sums
     sx = sy + low * sw
-    d = as_stored(block_largest(scale, groups, lane) / splat(highest), unit, reciprocal, lane)
-    m = as_stored(block_largest(base, groups, lane) / splat(highest), unit, reciprocal, lane)
+    d = as_stored(block_largest(scale, groups) / splat(highest), unit, reciprocal)
+    m = as_stored(block_largest(base, groups) / splat(highest), unit, reciprocal)
     middle, per_min = nearest(scale * inverse(d)), inverse(sw * m)
     best = scales = mins = splat(ZERO)
     for neighbour in range(3):
@@ -135,17 +135,17 @@ def affine_integers(y, w, width, groups, highest, top, scale, base, low, count, 
         best = if_less(error, best, error, best)
     step, start = d * scales, splat(ZERO) - m * mins - low
     sq, sqq, syq = code_sums(y, w, width, start, inverse(step), top)
-    aa = block_sum(scales * scales * sqq, groups, lane)
-    ab = block_sum(scales * mins * sq, groups, lane)
-    bb = block_sum(mins * mins * sw, groups, lane)
-    ax = block_sum(scales * (syq + low * sq), groups, lane)
-    bx = block_sum(mins * sx, groups, lane)
+    aa = block_sum(scales * scales * sqq, groups)
+    ab = block_sum(scales * mins * sq, groups)
+    bb = block_sum(mins * mins * sw, groups)
+    ax = block_sum(scales * (syq + low * sq), groups)
+    bx = block_sum(mins * sx, groups)
     per_det = inverse(aa * bb - ab * ab)
-    d_new = as_stored((ax * bb - bx * ab) * per_det, unit, reciprocal, lane)
+    d_new = as_stored((ax * bb - bx * ab) * per_det, unit, reciprocal)
     m_new = (ax * ab - aa * bx) * per_det
-    m_new = as_stored(if_less(splat(ZERO), m_new, m_new, splat(ZERO)), unit, reciprocal, lane)
+    m_new = as_stored(if_less(splat(ZERO), m_new, m_new, splat(ZERO)), unit, reciprocal)
     error = affine_error(y, w, width, splat(ZERO) - m_new * mins - low, d_new * scales, top, q)
-    after, before = block_sum(error, groups, lane), block_sum(best, groups, lane)
+    after, before = block_sum(error, groups), block_sum(best, groups)
     return if_less(after, before, d_new, d), if_less(after, before, m_new, m), scales, mins
 
 
@@ -161,15 +161,14 @@ def affine(source, batches, shape, w, importance, spread, row_inverse, trials, h
     start, elements, width, groups = shape
     size = width * WIDTH
     row, y, q = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    lane = np.empty(WIDTH, np.float32)
-    bits = lane.view(np.uint32)
+    lane = np.empty(2 * WIDTH, np.float32)
     signal = noise = 0.0
     high = splat(top)
     for batch in range(batches[0], batches[1]):
         first = batch * size
         count = min(size, elements - first)
         read(source, start + first, count, width, row, y)
-        unit, reciprocal, square = normalize(y, width, groups, lane, bits)
+        unit, reciprocal, square = normalize(y, width, groups)
         if w is not None:
             weigh(y, width, start + first, importance, spread, groups, row_inverse, unit, square, lane, row, w)
         low, span = lift(y, width, highest > ZERO)
@@ -179,19 +178,19 @@ def affine(source, batches, shape, w, importance, spread, row_inverse, trials, h
             base = splat(ZERO) - low - shift
             sums = (sw, sy)
             d, m, scales, mins = affine_integers(
-                y, w, width, groups, highest, high, scale, base, low, ones, sums, unit, reciprocal, lane, q
+                y, w, width, groups, highest, high, scale, base, low, ones, sums, unit, reciprocal, q
             )
             step, origin = d * scales, splat(ZERO) - m * mins - low
             write_scales(scales, batch, count // width, lane, out[1])
             write_scales(mins, batch, count // width, lane, out[3])
         else:
-            d = as_stored(scale, unit, reciprocal, lane)
-            m = as_stored(low + (sy - d * ones) / sw, unit, reciprocal, lane)
+            d = as_stored(scale, unit, reciprocal)
+            m = as_stored(low + (sy - d * ones) / sw, unit, reciprocal)
             step, origin = d, m - low
         error = affine_error(y, None, width, origin, step, high, q)
         write_codes(q, ZERO, width, batch * WIDTH, count, width, 0, row, out[0])
         write_units(d * unit, batch, groups, count // width, lane, out[2])
         write_units(m * unit, batch, groups, count // width, lane, out[4])
-        signal += total(square, unit, lane)
-        noise += total(error, unit, lane)
+        signal += total(square, unit, groups, lane)
+        noise += total(error, unit, groups, lane)
     return signal, noise

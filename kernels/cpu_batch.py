@@ -17,10 +17,15 @@ from flux_quant.kernels.cpu_lanes import (
     load_bfloat16,
     load_float16,
     magnitude,
+    power_below,
     root,
     splat,
     store,
     store_bytes,
+    swap_1,
+    swap_2,
+    swap_4,
+    swap_8,
     transpose,
 )
 
@@ -28,7 +33,6 @@ F = np.float32
 ZERO, ONE, EMPTY = F(0), F(1), F(1e-37)
 HALF_MAX, HALF_NORMAL, HALF_STEP = F(65504), F(2.0**-14), F(0.5)  # steps of float32 at 0.5 are float16's subnormals
 SPLIT = F(2**13 + 1)
-EXPONENT, LOWEST, HIGHEST, TWICE_BIAS = (np.uint32(v << 23) for v in (0xFF, 127 - 100, 127 + 126, 254))
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 
 loop = njit(fastmath={"contract"}, error_model="numpy", nogil=True)  # multiply-add may round once; no sum is reordered
@@ -47,49 +51,54 @@ def inverse(value):
 
 
 @exact
-def to_half(values):
-    """16 float32 -> the nearest float16, as float32: Dekker's splitting at 11 bits."""
-    for k in range(WIDTH):
-        value = values[k]
-        wide = value * SPLIT
-        normal = wide - (wide - value)
-        small = (value + HALF_STEP) - HALF_STEP if value >= ZERO else (value - HALF_STEP) + HALF_STEP
-        values[k] = normal if abs(value) >= HALF_NORMAL else small
+def to_half(value):
+    """The nearest float16, as float32: Dekker's splitting at 11 bits. Never infinite."""
+    value = clip(value, splat(-HALF_MAX), splat(HALF_MAX))
+    wide = value * splat(SPLIT)
+    step = if_less(value, splat(ZERO), splat(-HALF_STEP), splat(HALF_STEP))
+    return if_less(magnitude(value), splat(HALF_NORMAL), (value + step) - step, wide - (wide - value))
 
 
 @loop
-def as_stored(scale, unit, reciprocal, lane):
+def as_stored(scale, unit, reciprocal):
     """What float16 keeps of scales in units of the block, in the same units."""
-    most = splat(HALF_MAX) * reciprocal
-    store(lane, 0, clip(scale, splat(ZERO) - most, most) * unit)
-    to_half(lane)
-    return load(lane, 0) * reciprocal
+    most = splat(HALF_MAX) * reciprocal  # a product with `unit` may be infinite
+    return to_half(clip(scale, splat(ZERO) - most, most) * unit) * reciprocal
 
 
 @loop
-def block_sum(values, groups, lane):
-    """In all lanes of a block the sum over its lanes."""
-    store(lane, 0, values)
-    for block in range(0, WIDTH, groups):
-        total = ZERO
-        for k in range(block, block + groups):
-            total += lane[k]
-        for k in range(block, block + groups):
-            lane[k] = total
-    return load(lane, 0)
+def block_sum(value, groups):
+    """In all lanes of a block (1, 8 or 16 lanes) the sum over its lanes."""
+    if groups > 8:
+        value = value + swap_8(value)
+    if groups > 1:
+        value = value + swap_4(value)
+        value = value + swap_2(value)
+        value = value + swap_1(value)
+    return value
 
 
 @loop
-def block_largest(values, groups, lane):
-    """In all lanes of a block the value of largest magnitude of its lanes."""
-    store(lane, 0, values)
-    for block in range(0, WIDTH, groups):
-        largest = ZERO
-        for k in range(block, block + groups):
-            largest = lane[k] if abs(lane[k]) > abs(largest) else largest
-        for k in range(block, block + groups):
-            lane[k] = largest
-    return load(lane, 0)
+def block_maximum(value, groups):
+    if groups > 8:
+        value = larger(value, swap_8(value))
+    if groups > 1:
+        value = larger(value, swap_4(value))
+        value = larger(value, swap_2(value))
+        value = larger(value, swap_1(value))
+    return value
+
+
+@loop
+def larger(left, right):
+    return if_less(left, right, right, left)
+
+
+@loop
+def block_largest(value, groups):
+    """In all lanes of a block the value of largest magnitude of its lanes; the negative one of two."""
+    high, low = block_maximum(value, groups), block_maximum(splat(ZERO) - value, groups)
+    return if_less(low, high, high, splat(ZERO) - low)
 
 
 @loop
@@ -110,31 +119,22 @@ def read(source, first, count, width, row, x):
 
 
 @loop
-def units_of(x, width, groups, lane, bits):
-    """Per lane: the power of two just below the largest magnitude of its block, and its inverse.
-
-    `bits` is `lane` as uint32.
-    """
+def units_of(x, width, groups):
+    """Per lane: the power of two just below the largest magnitude of its block, and its inverse."""
     largest = splat(ZERO)
     for o in range(0, width * WIDTH, WIDTH):
-        size = magnitude(load(x, o))
-        largest = if_less(largest, size, size, largest)
-    store(lane, 0, block_largest(largest, groups, lane))
-    for k in range(WIDTH):
-        bits[k] = min(max(bits[k] & EXPONENT, LOWEST), HIGHEST)
-    unit = load(lane, 0)
-    for k in range(WIDTH):
-        bits[k] = TWICE_BIAS - bits[k]
-    return unit, load(lane, 0)
+        largest = larger(largest, magnitude(load(x, o)))
+    unit = power_below(block_maximum(largest, groups))
+    return unit, splat(ONE) / unit
 
 
 @loop
-def normalize(x, width, groups, lane, bits):
+def normalize(x, width, groups):
     """Scale blocks to a largest magnitude of 1 to 2 -> the power of two, its inverse, sums of squares of groups.
 
     Squares then neither overflow nor vanish.
     """
-    unit, reciprocal = units_of(x, width, groups, lane, bits)
+    unit, reciprocal = units_of(x, width, groups)
     square = splat(ZERO)
     for o in range(0, width * WIDTH, WIDTH):
         value = load(x, o) * reciprocal
@@ -158,7 +158,7 @@ def weigh(x, width, first, importance, spread, groups, row_inverse, unit, square
         share = load(lane, 0) * unit
         share = share * share
     elif spread > ZERO:
-        share = inverse(block_sum(square, groups, lane) * splat(spread / F(width * groups)))
+        share = inverse(block_sum(square, groups) * splat(spread / F(width * groups)))
     column = first % columns
     for i in range(0, width * WIDTH, WIDTH):
         store(row, i, load(importance, column + i))
@@ -195,14 +195,12 @@ def write_units(values, batch, groups, count, lane, out):
 
 
 @loop
-def total(squares, unit, lane):
-    """Sum of lanes in units of a block, in float64."""
-    store(lane, 0, unit)
+def total(squares, unit, groups, lane):
+    """Sum of all lanes, which are in units of their block, in float64."""
+    store(lane, 0, block_sum(squares, groups))
+    store(lane, WIDTH, unit)
     out = 0.0
-    units = np.empty(WIDTH, np.float64)
-    for k in range(WIDTH):
-        units[k] = np.float64(lane[k]) * np.float64(lane[k])
-    store(lane, 0, squares)
-    for k in range(WIDTH):
-        out += np.float64(lane[k]) * units[k]
+    for k in range(0, WIDTH, groups):
+        factor = np.float64(lane[WIDTH + k])
+        out += np.float64(lane[k]) * factor * factor
     return out

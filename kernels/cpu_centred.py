@@ -42,16 +42,21 @@ def level(value, low, high):
 
 
 @loop
+def centred_step(x, w, o, inv, low, high, xq, qq):
+    value = load(x, o)
+    q = level(value * inv, low, high)
+    weighted = q if w is None else load(w, o) * q
+    return xq + weighted * value, qq + weighted * q
+
+
+@loop
 def centred_sums(x, w, width, inv, low, high):
-    """Per lane: sums of x * q and q * q for the levels q of x * inv."""
-    xq = qq = splat(ZERO)
-    for o in range(0, width * WIDTH, WIDTH):
-        value = load(x, o)
-        q = level(value * inv, low, high)
-        weighted = q if w is None else load(w, o) * q
-        xq = xq + weighted * value
-        qq = qq + weighted * q
-    return xq, qq
+    """Per lane: sums of x * q and q * q for the levels q of x * inv. Two of each: one addition waits for the last."""
+    xq = qq = more_xq = more_qq = splat(ZERO)
+    for o in range(0, width * WIDTH, 2 * WIDTH):
+        xq, qq = centred_step(x, w, o, inv, low, high, xq, qq)
+        more_xq, more_qq = centred_step(x, w, o + WIDTH, inv, low, high, more_xq, more_qq)
+    return xq + more_xq, qq + more_qq
 
 
 @loop
@@ -87,10 +92,10 @@ def centred_scale(x, w, width, trials, low, high):
 
 
 @loop
-def centred_integers(x, w, width, groups, integer_range, low, high, scale, unit, reciprocal, lane, q):
+def centred_integers(x, w, width, groups, integer_range, low, high, scale, unit, reciprocal, q):
     """Scales of groups -> d of each block in all of its lanes, integer scales; both refined by error."""
     lowest, highest, candidates = integer_range
-    d = as_stored(block_largest(scale, groups, lane) / splat(lowest), unit, reciprocal, lane)
+    d = as_stored(block_largest(scale, groups) / splat(lowest), unit, reciprocal)
     middle = nearest(scale * inverse(d))
     best = integers = splat(ZERO)
     for neighbour in range(candidates):
@@ -101,9 +106,9 @@ def centred_integers(x, w, width, groups, integer_range, low, high, scale, unit,
         integers = if_less(error, best, candidate, integers)
         best = if_less(error, best, error, best)
     xq, qq = centred_sums(x, w, width, inverse(d * integers), low, high)
-    above = block_sum(integers * xq, groups, lane)
-    below = block_sum(integers * integers * qq, groups, lane)
-    return as_stored(above * inverse(below), unit, reciprocal, lane), integers
+    above = block_sum(integers * xq, groups)
+    below = block_sum(integers * integers * qq, groups)
+    return as_stored(above * inverse(below), unit, reciprocal), integers
 
 
 @loop
@@ -118,23 +123,20 @@ def centred(source, batches, shape, w, importance, spread, row_inverse, trials, 
     offset = ZERO if low is None else -low
     size = width * WIDTH
     row, x, q = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    lane = np.empty(WIDTH, np.float32)
-    bits = lane.view(np.uint32)
+    lane = np.empty(2 * WIDTH, np.float32)
     signal = noise = 0.0
     for batch in range(batches[0], batches[1]):
         first = batch * size
         count = min(size, elements - first)
         read(source, start + first, count, width, row, x)
-        unit, reciprocal, square = normalize(x, width, groups, lane, bits)
+        unit, reciprocal, square = normalize(x, width, groups)
         if w is not None:
             weigh(x, width, start + first, importance, spread, groups, row_inverse, unit, square, lane, row, w)
         scale = centred_scale(x, w, width, trials, low, high)
         if integer_range[0]:
-            d, scales = centred_integers(
-                x, w, width, groups, integer_range, low, high, scale, unit, reciprocal, lane, q
-            )
+            d, scales = centred_integers(x, w, width, groups, integer_range, low, high, scale, unit, reciprocal, q)
         else:
-            d, scales = as_stored(scale, unit, reciprocal, lane), splat(ONE)
+            d, scales = as_stored(scale, unit, reciprocal), splat(ONE)
         error = centred_error(x, None, width, d * scales, low, high, q)
         if low is None:
             for o in range(0, size, WIDTH):
@@ -142,6 +144,6 @@ def centred(source, batches, shape, w, importance, spread, row_inverse, trials, 
         write_codes(q, offset, width, batch * WIDTH, count, width, 0, row, out[0])
         write_scales(scales, batch, count // width, lane, out[1])
         write_units(d * unit, batch, groups, count // width, lane, out[2])
-        signal += total(square, unit, lane)
-        noise += total(error, unit, lane)
+        signal += total(square, unit, groups, lane)
+        noise += total(error, unit, groups, lane)
     return signal, noise

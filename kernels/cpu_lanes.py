@@ -149,6 +149,36 @@ def staircase(lowest: float, steps: tuple[tuple[float, float], ...]) -> Callable
     return climb
 
 
+def swapped(distance: int) -> Callable:
+    """A function of Lanes: lane i takes the value of lane i ^ distance."""
+
+    @intrinsic
+    def swap(typing, value):
+        def code(context, builder, sig, args):
+            return builder.shuffle_vector(*args, *args, ir.Constant(POSITIONS, [i ^ distance for i in range(WIDTH)]))
+
+        return Lanes(Lanes), code
+
+    return swap
+
+
+swap_8, swap_4, swap_2, swap_1 = (swapped(distance) for distance in (8, 4, 2, 1))
+
+
+@intrinsic
+def power_below(typing, value):
+    """The greatest power of two up to a positive value, from 2**-100 to 2**126."""
+
+    def code(context, builder, sig, args):
+        bits = builder.and_(builder.bitcast(args[0], POSITIONS), constant(POSITIONS, 0xFF << 23))
+        for sign, exponent in (("<", -100), (">", 126)):
+            bound = constant(POSITIONS, 127 + exponent << 23)
+            bits = builder.select(builder.icmp_unsigned(sign, bits, bound), bound, bits)
+        return builder.bitcast(bits, VECTOR)
+
+    return Lanes(Lanes), code
+
+
 @intrinsic
 def load_bfloat16(typing, array, index):
     """array[index : index + 16] of uint16 as float32."""

@@ -35,17 +35,9 @@ def round_away(value):
 
 
 @exact
-def stored(values, lane):
-    store(lane, 0, values)
-    to_half(lane)
-    return load(lane, 0)
-
-
-@exact
 def extremes(x):
     """Per lane: lowest, highest, and the value of largest magnitude, the first one on a tie."""
-    low = high = load(x, 0)
-    largest = splat(ZERO)
+    low = high = largest = load(x, 0)
     for o in range(0, GROUP * WIDTH, WIDTH):
         value = load(x, o)
         low = if_less(value, low, value, low)
@@ -63,15 +55,14 @@ def plain(source, batches, start, elements, rule, divisor, top, out):
     """
     codes, stride, head, scales, minimums = out
     size = GROUP * WIDTH
-    row, x, q, lane = np.empty(size, F), np.empty(size, F), np.empty(size, F), np.empty(WIDTH, F)
-    bits = lane.view(np.uint32)
+    row, x, q, lane = np.empty(size, F), np.empty(size, F), np.empty(size, F), np.empty(2 * WIDTH, F)
     signal = noise = 0.0
     zero, half, most = splat(ZERO), splat(HALF), splat(top)
     for batch in range(batches[0], batches[1]):
         first = batch * size
         count = min(size, elements - first)
         read(source, start + first, count, GROUP, row, x)
-        unit, reciprocal = units_of(x, GROUP, 1, lane, bits)
+        unit, reciprocal = units_of(x, GROUP, 1)
         low, high, largest = extremes(x)
         base, shift = zero, zero
         if rule == EIGHT:
@@ -83,7 +74,7 @@ def plain(source, batches, start, elements, rule, divisor, top, out):
             base = low
             d = (high - low) / splat(divisor)
         inv = reference_inverse(d)
-        stored_d, stored_base = stored(d, lane), stored(base, lane)
+        stored_d, stored_base = to_half(d), to_half(base)
         square = error = zero
         for o in range(0, size, WIDTH):
             value = load(x, o)
@@ -96,8 +87,8 @@ def plain(source, batches, start, elements, rule, divisor, top, out):
         write_codes(q, ZERO, GROUP, batch * WIDTH, count, stride, head, row, codes)
         write_units(d, batch, 1, count // GROUP, lane, scales)
         write_units(base, batch, 1, count // GROUP, lane, minimums)
-        signal += total(square, unit, lane)
-        noise += total(error, unit, lane)
+        signal += total(square, unit, 1, lane)
+        noise += total(error, unit, 1, lane)
         store(lane, 0, if_less(magnitude(d), magnitude(base), magnitude(base), magnitude(d)))
         for k in range(WIDTH):
             if lane[k] >= OVERFLOW:

@@ -5,9 +5,9 @@ of its own and the sums are added in the order of the batches: neither bytes nor
 The loops decide (codes and scales), the codecs write the bytes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from math import fsum
@@ -31,6 +31,7 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in `cpu_ba
 
 Parts = tuple[Tensor, ...]
 Sums = tuple[float, float]
+Spread = Callable[[Callable, Iterable], Iterable]  # `map`, by several threads
 
 
 def supports(format_name: str) -> bool:
@@ -48,15 +49,15 @@ def quantize(
     if weight.dtype not in KINDS:
         weight = weight.float()
     weight = weight.detach().contiguous()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with threads_for(weight.numel()) as spread:
         if format_name not in SEARCHES and format_name not in PLAIN:
-            return quantize_fp8(format_name, weight, pool)
+            return quantize_fp8(format_name, weight, spread)
         fmt = FORMATS[format_name]
         data = torch.empty(weight.numel() // fmt.block, fmt.nbytes((1, fmt.block)), dtype=torch.uint8)
         if format_name in SEARCHES and (search or format_name not in PLAIN):
-            work = searching(format_name, weight, importance, data, pool)
+            work = searching(format_name, weight, importance, data, spread)
         else:
-            work = rounding(format_name, weight, data, pool)
+            work = rounding(format_name, weight, data, spread)
         size = SLICE * torch.get_num_threads()
         sums = [
             pair for first in range(0, weight.numel(), size) for pair in work(first, min(size, weight.numel() - first))
@@ -68,7 +69,7 @@ def quantize(
 Work = Callable[[int, int], list[Sums]]  # first weight, how many -> sums of squares of weight and error, per task
 
 
-def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor, pool: ThreadPoolExecutor) -> Work:
+def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor, spread: Spread) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), by `codecs.search`."""
     search, fmt = SEARCHES[name], FORMATS[name]
     groups, columns = fmt.block // search.group, weight.shape[-1]
@@ -93,7 +94,7 @@ def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor
             room = None if importance is None else np.empty(LANES * search.group, np.float32)
             return kernel(source, batches, shape, room, *weights, *rule, out)
 
-        sums = list(pool.map(run, tasks(count, LANES * search.group)))
+        sums = list(spread(run, tasks(count, LANES * search.group)))
         data[start // fmt.block :][:blocks] = fmt.store(Choice(codes, d, m, scales, mins))
         return sums
 
@@ -111,7 +112,7 @@ def kernel_of(search: Search, weighted: bool) -> tuple[Callable, tuple[object, .
     return compiled("cpu_centred", "centred"), (np.float32(trials), integers, *bounds)
 
 
-def rounding(name: str, weight: Tensor, data: Tensor, pool: ThreadPoolExecutor) -> Work:
+def rounding(name: str, weight: Tensor, data: Tensor, spread: Spread) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), as ggml's reference does."""
     fmt = FORMATS[name]
     rule, divisor, top = PLAIN[name]
@@ -127,7 +128,7 @@ def rounding(name: str, weight: Tensor, data: Tensor, pool: ThreadPoolExecutor) 
         def run(batches: tuple[int, int]) -> Sums:
             return kernel(source, batches, start, count, rule, np.float32(divisor), np.float32(top), out)
 
-        sums = list(pool.map(run, tasks(count, LANES * block)))
+        sums = list(spread(run, tasks(count, LANES * block)))
         if fmt.store is None:
             rows[:, :2] = half_bytes(d)
         else:
@@ -137,52 +138,65 @@ def rounding(name: str, weight: Tensor, data: Tensor, pool: ThreadPoolExecutor) 
     return work
 
 
-def quantize_fp8(name: str, weight: Tensor, pool: ThreadPoolExecutor) -> tuple[Parts, float, float]:
-    """FP8 by the codec: every value of 16 bits once and the weights by table, float32 weight by weight."""
-    scale = fp8.scale_for(largest_of(weight, pool)) if name == "fp8" else torch.ones(())
+def quantize_fp8(name: str, weight: Tensor, spread: Spread) -> tuple[Parts, float, float]:
+    """FP8 by the codec: every value of 16 bits once and the weights by table; few weights and float32 one by one."""
+    scale = fp8.scale_for(largest_of(weight, spread)) if name == "fp8" else torch.ones(())
     data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     flat, codes = weight.view(-1), data.view(-1)
-    if weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 or weight.numel() < 4 << 16:
         sums = []
-        for values, target in zip(flat.split(fp8.SLICE), codes.split(fp8.SLICE), strict=True):
+        for stored, target in zip(flat.split(fp8.SLICE), codes.split(fp8.SLICE), strict=True):
+            values = stored.float()
             target.copy_(fp8.cast(values / scale))
             sums.append((square_sum(values), square_sum(values - target.float() * scale)))
         signal, noise = (fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
     else:
         values = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(weight.dtype).float()
         table = fp8.cast(values / scale)
-        counts = count_and_look_up(flat, table, codes, pool)
+        counts = count_and_look_up(flat, table, codes, spread)
         seen = counts > 0
         values, packed, counts = values[seen].double(), (table[seen].float() * scale).double(), counts[seen]
         signal, noise = ((counts * part.square()).sum().item() for part in (values, values - packed))
     return ((data, scale) if name == "fp8" else (data,)), signal, noise
 
 
-def largest_of(weight: Tensor, pool: ThreadPoolExecutor) -> Tensor:
+def largest_of(weight: Tensor, spread: Spread) -> Tensor:
     """The largest magnitude, () float32."""
     if not weight.numel():
         return torch.zeros(())
     if weight.dtype == torch.float32:
         low, high = weight.aminmax()
         return torch.maximum(-low, high)
-    kernel, halves = compiled("cpu_fp8", "largest_bits"), halves_of(weight)
-    found = max(pool.map(lambda ends: kernel(halves, *ends), tasks(len(halves), 1)))
-    return torch.tensor(found, dtype=torch.int32).to(torch.uint16).view(weight.dtype).float()
+    kernel, source = compiled("cpu_fp8", "largest_magnitude"), source_of(weight)
+    found = spread(lambda ends: kernel(source, *ends), tasks(weight.numel() // LANES * LANES, LANES))
+    rest = weight.view(-1)[weight.numel() // LANES * LANES :].float().abs()
+    return torch.tensor(max(*found, *rest.tolist(), 0.0))
 
 
-def count_and_look_up(weight: Tensor, table: Tensor, codes: Tensor, pool: ThreadPoolExecutor) -> Tensor:
+def count_and_look_up(weight: Tensor, table: Tensor, codes: Tensor, spread: Spread) -> Tensor:
     """codes = table of the bits of weight; how often each of the 65536 values occurs."""
     kernel, halves = compiled("cpu_fp8", "look_up"), halves_of(weight)
     table, codes = (part.view(torch.uint8).numpy() for part in (table, codes))
     share = -(-len(halves) // torch.get_num_threads())
 
     def run(first: int) -> np.ndarray:
-        counts = np.zeros((4, 1 << 16), np.int64)
+        counts = np.zeros((4, 1 << 16), np.uint32)
         kernel(halves, first, min(first + share, len(halves)), table, codes, counts)
-        return counts.sum(axis=0)
+        return counts.sum(axis=0, dtype=np.int64)
 
-    counts = sum(pool.map(run, range(0, len(halves), max(share, 1))), np.zeros(1 << 16, np.int64))
+    counts = sum(spread(run, range(0, len(halves), max(share, 1))), np.zeros(1 << 16, np.int64))
     return torch.from_numpy(counts)
+
+
+@contextmanager
+def threads_for(weights: int) -> Iterator[Spread]:
+    """A `map` by as many threads as torch uses and the work is worth."""
+    threads = min(torch.get_num_threads(), -(-weights // TASK))
+    if threads <= 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool.map
 
 
 def tasks(count: int, batch: int) -> Iterable[tuple[int, int]]:

@@ -30,12 +30,19 @@ def half_values(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.float16).float()
 
 
-def join_bits(fields: Tensor, width: int) -> Tensor:
-    """(..., f, e) uint8 of `width` bits each -> (..., e) uint8; the first of the f fields in the lowest bits."""
-    out = fields[..., 0, :]
+def join_bits(fields: Tensor, width: int, shift: int = 0) -> Tensor:
+    """(..., f, e) uint8 -> (..., e) uint8: `width` bits of each from bit `shift` on, the first field in the lowest.
+
+    Eight bytes are handled as one integer where e allows: what crosses into the next byte is masked away.
+    """
+    word = fields.shape[-1] % 8 == 0 and fields.is_contiguous()
+    if word:
+        fields = fields.view(torch.int64)
+    mask = ((1 << width) - 1) * (0x0101010101010101 if word else 1)
+    out = fields.select(-2, 0) >> shift & mask
     for i in range(1, fields.shape[-2]):
-        out = out | fields[..., i, :] << width * i
-    return out
+        out |= (fields.select(-2, i) >> shift & mask) << width * i
+    return out.view(torch.uint8)
 
 
 def split_bits(data: Tensor, width: int) -> Tensor:

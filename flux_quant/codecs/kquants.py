@@ -26,11 +26,11 @@ def unpack_q2_k(data: Tensor) -> Tensor:
 
 def store_q3_k(choice: Choice) -> Tensor:
     codes = choice.codes  # 0-7: the high bit is in hmask, so that a clear one means "subtract 4"
-    hmask = join_bits((codes >> 2).view(-1, 8, 32), 1)
-    qs = join_bits((codes & 3).view(-1, 2, 4, 32), 2)
+    hmask = join_bits(codes.view(-1, 8, 32), 1, shift=2)
+    qs = join_bits(codes.view(-1, 2, 4, 32), 2)
     scales = (choice.scales + 32).to(torch.uint8)
-    low = join_bits((scales & 15).view(-1, 2, 8), 4)
-    high = join_bits((scales >> 4).view(-1, 4, 4), 2)
+    low = join_bits(scales.view(-1, 2, 8), 4)
+    high = join_bits(scales.view(-1, 4, 4), 2, shift=4)
     return torch.cat([hmask, qs.flatten(1), low, high, half_bytes(choice.d)], dim=1)
 
 
@@ -53,8 +53,8 @@ def unpack_q4_k(data: Tensor) -> Tensor:
 
 
 def store_q5_k(choice: Choice) -> Tensor:
-    qh = join_bits((choice.codes >> 4).view(-1, 8, 32), 1)
-    qs = join_bits((choice.codes & 15).view(-1, 4, 2, 32), 4)
+    qh = join_bits(choice.codes.view(-1, 8, 32), 1, shift=4)
+    qs = join_bits(choice.codes.view(-1, 4, 2, 32), 4)
     return torch.cat([half_bytes(choice.d), half_bytes(choice.m), join_six(choice), qh, qs.flatten(1)], dim=1)
 
 
@@ -66,8 +66,8 @@ def unpack_q5_k(data: Tensor) -> Tensor:
 
 
 def store_q6_k(choice: Choice) -> Tensor:
-    ql = join_bits((choice.codes & 15).view(-1, 2, 2, 64), 4)
-    qh = join_bits((choice.codes >> 4).view(-1, 2, 4, 32), 2)
+    ql = join_bits(choice.codes.view(-1, 2, 2, 64), 4)
+    qh = join_bits(choice.codes.view(-1, 2, 4, 32), 2, shift=4)
     scales = choice.scales.to(torch.int8).view(torch.uint8)
     return torch.cat([ql.flatten(1), qh.flatten(1), scales, half_bytes(choice.d)], dim=1)
 

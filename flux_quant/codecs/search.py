@@ -298,7 +298,7 @@ def settled(importance: Tensor) -> Tensor:
     """Importance with a mean of 1 and nothing below IMPORTANCE_FLOOR; ones where it says nothing."""
     importance = importance.to(torch.float64)
     mean = importance.mean()
-    return (importance / torch.where(mean > 0, mean, 1)).clamp(min=IMPORTANCE_FLOOR).float()
+    return torch.where(mean > 0, (importance / mean).clamp(min=IMPORTANCE_FLOOR), 1.0).float()
 
 
 def row_roots(rows: Tensor) -> Tensor:
