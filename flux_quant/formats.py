@@ -21,6 +21,7 @@ from flux_quant.codecs.choice import Choice
 from flux_quant.codecs.search import SEARCHES, choose, element_weights
 
 Shape = tuple[int, ...]
+SLICE = 1 << 20  # weights that are searched at a time: the working memory is some ten times that, in float32
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,14 @@ def block_format(
         return values.view(*data.shape[:-1], data.shape[-1] // nbytes * block)
 
     def search_rows(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor]:
-        weight, search = weight.float().contiguous(), SEARCHES[name]
-        weights = None if importance is None else element_weights(search, weight, importance, block)
-        blocks = store(choose(search, weight.reshape(-1, block), weights))
-        return (blocks.view(bytes_per_row(block, nbytes, weight.shape)),)
+        rows, search = weight.reshape(-1, weight.shape[-1]), SEARCHES[name]
+        data = weight.new_empty(bytes_per_row(block, nbytes, rows.shape), dtype=torch.uint8)
+        step = max(1, SLICE // rows.shape[1])
+        for values, target in zip(rows.split(step), data.split(step), strict=True):
+            values = values.float().contiguous()
+            weights = None if importance is None else element_weights(search, values, importance, block)
+            target.copy_(store(choose(search, values.view(-1, block), weights)).view(target.shape))
+        return (data.view(bytes_per_row(block, nbytes, weight.shape)),)
 
     part = Part("weight", torch.uint8, partial(bytes_per_row, block, nbytes))
     searched = search_rows if store else None
