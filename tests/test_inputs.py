@@ -15,6 +15,7 @@ from flux_quant.converters.writer import create_checkpoint
 from flux_quant.formats import FORMATS
 from flux_quant.loading import load_clip, load_flux, load_t5, load_vae
 
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
 Tensors = dict[str, Tensor]
 FLUX = FluxConfig(
     in_channels=64, out_channels=64, hidden=64, head_dim=32, mlp=256, context=48, pooled=40,
@@ -53,9 +54,9 @@ REFINER = SDXL | dict(
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1, generator=generator)
+        parameter.data.normal_(0, 0.1)
     return model.eval()
 
 
@@ -104,9 +105,6 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor.float()), name
-
-
-# --- FLUX.1 -----------------------------------------------------------------------------------------------------------
 
 
 def in_bfl_names(model: nn.Module) -> Tensors:
@@ -284,8 +282,8 @@ def test_clip(tmp_path):
     """As transformers saves it today and as it did before, with ids of positions; and what the loader makes of it."""
     model = clip()
     model.save_pretrained(tmp_path / "new")
-    old = {n: p.clone() for n, p in in_clip_names(model).items()}
-    save_file(old | {"text_model.embeddings.position_ids": torch.arange(9)}, tmp_path / "old.safetensors")
+    positions = {"text_model.embeddings.position_ids": torch.arange(9)}
+    save_file(in_clip_names(model) | positions, tmp_path / "old.safetensors")
     for path in (tmp_path / "new", tmp_path / "old.safetensors"):
         with open_component(path, "CLIP-L") as reader:
             assert_same(values(reader), in_clip_names(model))
@@ -314,10 +312,10 @@ def test_clip_of_openai(tmp_path):
     square = state | {"text_projection": torch.zeros(width, 1)}  # its first dimension is taken for the width there
     expected = convert_open_clip_checkpoint(clip(), square, prefix="")
     expected |= {"text_projection.weight": state["text_projection"].t(), "logit_scale": torch.tensor(4.6)}
-    with open_component(tmp_path / "clip.safetensors", "CLIP-L") as reader:
-        assert reader.family.naming == "OpenAI" and not reader.ignored
-        assert_same(values(reader), expected)
-        assert reader.nbytes("text_model.encoder.layers.0.self_attn.k_proj.weight") == 4 * width * width
+    reader = open_component(tmp_path / "clip.safetensors", "CLIP-L")
+    assert reader.family.naming == "OpenAI" and not reader.ignored
+    assert_same(values(reader), expected)
+    assert reader.nbytes("text_model.encoder.layers.0.self_attn.k_proj.weight") == 4 * width * width
 
 
 def test_vae(tmp_path):
@@ -362,9 +360,9 @@ def test_controlnet(tmp_path):
     sizes = {key: value for key, value in FLUX.diffusers().items() if key != "out_channels"}
     model = randomised(FluxControlNetModel(**sizes, num_mode=4))
     model.save_pretrained(tmp_path)
-    with open_component(tmp_path, "FLUX ControlNet") as reader:
-        assert reader.family.variant == "Union" and not reader.ignored
-        assert_same(values(reader), model.state_dict())
+    reader = open_component(tmp_path, "FLUX ControlNet")
+    assert reader.family.variant == "Union" and not reader.ignored
+    assert_same(values(reader), model.state_dict())
 
 
 def test_redux(tmp_path):

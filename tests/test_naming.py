@@ -9,6 +9,8 @@ from flux_quant.families import Family, identify, identify_all
 from flux_quant.layouts import CANONICAL, TABLES
 from flux_quant.naming import Stored, from_stored, gather, spread, to_stored
 
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
+
 Shapes = dict[str, tuple[int, ...]]
 
 SDXL = dict(  # as in the repositories' config.json
