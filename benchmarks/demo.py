@@ -18,8 +18,9 @@ from flux_quant.benchmarks.machine import fingerprint
 from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.sheet import contact_sheet
 from flux_quant.components import Components
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
-from flux_quant.converters.plan import Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.pipeline import Request, decode, denoise_batch, encode, to_images
 

@@ -16,24 +16,20 @@ from flux_quant import arch
 from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import Component, components, describe
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
+from flux_quant.converters.description import kept_metadata
 from flux_quant.converters.fp8_layout import Fp8Form
 from flux_quant.converters.output import OutputFile, OutputFolder, check_target
-from flux_quant.converters.plan import LABELS, Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.converters.recipe import GGUF, KEEP, SAFETENSORS
+from flux_quant.converters.targets import LABELS, TARGETS
 from flux_quant.converters.writer import CheckpointWriter, FilePlan
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
 Progress = Callable[[str, int, int], None]
 
-PREFIXES = {  # family -> where ComfyUI looks for it in an all-in-one file
-    "FLUX.1": "model.diffusion_model.",
-    "T5 encoder": "text_encoders.t5xxl.transformer.",
-    "CLIP-L": "text_encoders.clip_l.transformer.",
-    "VAE": "vae.",
-}
-FILE_NAMES = {"FLUX.1": "transformer", "T5 encoder": "t5xxl", "CLIP-L": "clip_l", "VAE": "ae"}
 FOLDERS = {  # family -> (folder of a diffusers pipeline, library, class)
     "FLUX.1": ("transformer", "diffusers", "FluxTransformer2DModel"),
     "VAE": ("vae", "diffusers", "AutoencoderKL"),
@@ -71,7 +67,7 @@ def split(source: Path, folder: Path, force: bool, progress: Progress = lambda *
         infos = in_order(component)
         blocked = any(FORMATS[info.format].block > 1 for info in infos)
         family = component.family.name
-        path = folder / f"{FILE_NAMES.get(family, LABELS[family])}{GGUF if blocked else SAFETENSORS}"
+        path = folder / f"{TARGETS[family].file_name}{GGUF if blocked else SAFETENSORS}"
         metadata = {} if blocked else own_metadata(component)
         files.append(FilePlan(path, tuple(infos), metadata, {} if blocked else form_of([component])))
     for file in files:
@@ -100,10 +96,11 @@ def merge(sources: Sequence[Path], target: Path, force: bool, progress: Progress
     infos, origin = [], {}
     for component in found:
         family = component.family.name
-        if family not in PREFIXES:
+        prefix = TARGETS[family].prefix
+        if prefix is None:
             raise UserError(f"{component.path}: a {family} has no place in an all-in-one file")
         for info in in_order(component):
-            name = PREFIXES[family] + info.name
+            name = prefix + info.name
             infos.append(TensorInfo(name, info.shape, info.format))
             origin[name] = component, info.name
     metadata = own_metadata(next((c for c in found if c.family.name == "FLUX.1"), found[0]))
@@ -144,14 +141,14 @@ def in_order(component: Component) -> list[TensorInfo]:
 
 
 def own_metadata(component: Component) -> dict[str, object]:
-    return dict(component.metadata) if component.container == "safetensors" else {}
+    return kept_metadata(component) if component.container == "safetensors" else {}
 
 
 def form_of(found: Sequence[Component]) -> dict[str, object]:
     """Activation scales stay with their weights."""
     scales = {}
     for component in found:
-        prefix = PREFIXES.get(component.family.name, "") if len(found) > 1 else ""
+        prefix = TARGETS[component.family.name].prefix or ""
         scales |= {prefix + name: scale for name, scale in component.input_scales.items()}
     return {"fp8_form": Fp8Form(input_scales=scales)}
 
@@ -190,7 +187,7 @@ def merge_folder(
 def copy_model(component: Component, folder: Path, progress: Progress) -> int:
     """One model under its library's names; what is quantized becomes BF16, which is all that the library reads."""
     label = LABELS[component.family.name]
-    plan = make_plan(Conversion(component.path, folder, KEEP, component=label, folder=True))
+    plan = make_plan(Conversion(component.path, folder, KEEP, components=(label,), folder=True))
     return run(plan, progress).total.tensors
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux_quant.converters.checkpoint import CheckpointReader, open_checkpoint
+from flux_quant.converters.checkpoint import CheckpointReader, open_file
 from flux_quant.converters.container import TensorInfo, as_bytes
+from flux_quant.converters.conversion import Row
 from flux_quant.converters.lora_math import fused, touches
 from flux_quant.converters.output import OutputFile, OutputFolder
-from flux_quant.converters.plan import Plan, Row
+from flux_quant.converters.plan import Plan
 from flux_quant.converters.quantize import Deviation, Parts, requantize, row_ranges, take_rows
 from flux_quant.converters.stream import WriteBehind, read_ahead
 from flux_quant.converters.writer import CheckpointWriter, FilePlan
@@ -62,6 +63,7 @@ class Result:
     source_bytes: int  # of the converted tensors
     file_bytes: int
     resumed: int  # tensors that an earlier run had finished
+    exceptions: tuple[Row, ...]  # those that could not take the format that was asked for
 
     @property
     def total(self) -> Usage:
@@ -83,9 +85,10 @@ def run(plan: Plan, progress: Progress = lambda phase, done, total: None) -> Res
         path=plan.target,
         files=len(plan.files),
         formats=dict(sorted(tally.usage.items(), key=lambda item: -item[1].bytes)),
-        source_bytes=sum(plan.component.nbytes(row.name) for row in plan.rows),
+        source_bytes=sum(row.component.nbytes(row.name) for row in plan.rows),
         file_bytes=sum(sizes),
         resumed=tally.resumed,
+        exceptions=tuple(row for row in plan.rows if row.reason),
     )
 
 
@@ -105,7 +108,7 @@ class Tally:
 
 
 def write(plan: Plan, progress: Progress) -> Tally:
-    with CheckpointWriter(plan.files, plan.asked.force, plan.fingerprint) as writer:
+    with CheckpointWriter(plan.files, plan.asked.force, plan.fingerprint, plan.asked.checksums) as writer:
         tally = Tally(sum(row.packed.numel for row in plan.rows), progress)
         todo = []
         for row in plan.rows:
@@ -116,7 +119,7 @@ def write(plan: Plan, progress: Progress) -> Tally:
                 tally.add(row, Deviation(*notes[0]))
         tally.resumed = len(plan.rows) - len(todo)
         with (
-            read_ahead(todo, lambda row: plan.component.read(row.name)) as reading,
+            read_ahead(todo, lambda row: row.component.read(row.name)) as reading,
             WriteBehind(writer.write) as writing,
         ):
             for row, parts in reading:
@@ -125,7 +128,7 @@ def write(plan: Plan, progress: Progress) -> Tally:
                 for name, piece in cut(row, packed):
                     writing.put(name, piece, (deviation.signal, deviation.noise))
                 del parts, packed
-                plan.component.forget(row.name)
+                row.component.forget(row.name)
                 tally.add(row, deviation)
         writer.flush()
         for path, file in writer.written:
@@ -188,7 +191,7 @@ def verify(plan: Plan, path: Path, file: FilePlan, progress: Progress) -> None:
             name = row.pieces[0].name
             packed = FORMATS[row.format].fits(row.source.shape)  # else it unpacks what it reads
             expected[name] = TensorInfo(name, row.source.shape, row.format if packed else "f32")
-    with open_checkpoint(path) as written:
+    with open_file(path) as written:
         if written.tensors != expected or written.foreign:
             raise UserError(f"{plan.target} does not hold the tensors that were planned; is the disk faulty?")
         chosen = sample(rows)
@@ -209,7 +212,7 @@ def sample(rows: Sequence[Row]) -> list[Row]:
 
 def compare(plan: Plan, row: Row, written: CheckpointReader) -> None:
     """Pack some rows of a weight again (all of them if they share a scale): the bytes must be those in the file."""
-    source = plan.component.read(row.name)
+    source = row.component.read(row.name)
     shared = len(FORMATS[row.format].parts) > 1 or touches(row.name, plan.adapters)
     simple = len(row.pieces) == 1 and not row.swapped and not shared and row.packed.shape == row.source.shape
     ranges = list(row_ranges(row.packed.shape)) if simple else []
@@ -222,7 +225,7 @@ def compare(plan: Plan, row: Row, written: CheckpointReader) -> None:
             if not equal(again, take_rows(stored, *rows) if rows else stored):
                 raise UserError(f"{plan.target}: {name} ({row.format}) reads back differently; is the disk faulty?")
             written.forget(name)
-    plan.component.forget(row.name)
+    row.component.forget(row.name)
 
 
 def equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -77,7 +77,7 @@ def promotions(glob: str, **formats: str | tuple[tuple[Which, str], ...]) -> tup
 T5_VALUES, T5_DOWN = "*.SelfAttention.v.weight", "*.DenseReluDense.wo.weight"
 PROMOTIONS: dict[str, tuple[Promotion, ...]] = {
     "FLUX.1": promotions("double_blocks.*_attn.qkv.weight", q3_k_m="q4_k", q3_k_l="q4_k", q4_k_m="q5_k", q5_k_m="q6_k"),
-    "SDXL UNet": (
+    "SDXL": (
         *promotions(
             "*.to_v.weight",
             q2_k="q3_k",

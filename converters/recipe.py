@@ -20,6 +20,8 @@ WIDE = "wide"  # the source's own if it has 16 bits, else bf16
 BULK = "bulk"  # the format that was asked for
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 
+CLIP: Rows = (("text_model.encoder.layers.*_proj.weight", BULK), ("*.mlp.*.weight", BULK), ("*", WIDE))
+
 # (family, suffix) -> rows after the mix's own; what no row names is bulk. In GGUF all vectors are F32 besides.
 LAYOUTS: dict[tuple[str, str], Rows] = {
     ("FLUX.1", GGUF): (
@@ -36,12 +38,12 @@ LAYOUTS: dict[tuple[str, str], Rows] = {
         ("single_blocks.*.weight", BULK),
         ("*", WIDE),
     ),
-    ("FLUX.1 ControlNet", GGUF): (
+    ("FLUX ControlNet", GGUF): (
         ("transformer_blocks.*", BULK),
         ("single_transformer_blocks.*", BULK),
         ("*", "f16"),
     ),
-    ("FLUX.1 ControlNet", SAFETENSORS): (
+    ("FLUX ControlNet", SAFETENSORS): (
         ("*.norm_[qk].weight", KEEP),
         ("*.norm_added_[qk].weight", KEEP),
         ("transformer_blocks.*.weight", BULK),
@@ -54,21 +56,22 @@ LAYOUTS: dict[tuple[str, str], Rows] = {
         ("encoder.block.*.DenseReluDense.*.weight", BULK),
         ("*", WIDE),
     ),
-    ("SDXL UNet", GGUF): (
+    ("SDXL", GGUF): (
         ("time_embed.*", "f16"),
         ("label_emb.*", "f16"),
         ("input_blocks.0.0.weight", "f16"),
         ("out.2.weight", "f16"),
     ),
-    ("SDXL UNet", SAFETENSORS): (
+    ("SDXL", SAFETENSORS): (
         ("*_blocks.*.transformer_blocks.*.to_*.weight", BULK),
         ("*_block.*.transformer_blocks.*.to_*.weight", BULK),
         ("*.transformer_blocks.*.ff.net.*.weight", BULK),
         ("*", WIDE),
     ),
-    ("CLIP-L", SAFETENSORS): (("text_model.encoder.layers.*_proj.weight", BULK), ("*.mlp.*.weight", BULK), ("*", WIDE)),
+    ("CLIP-L", SAFETENSORS): CLIP,
+    ("CLIP-G", SAFETENSORS): CLIP,
     ("VAE", SAFETENSORS): (("*", BULK),),
-    ("FLUX.1 Redux", SAFETENSORS): (("*.weight", BULK), ("*", WIDE)),
+    ("FLUX Redux", SAFETENSORS): (("*.weight", BULK), ("*", WIDE)),
 }
 PLAIN = ("f32", "f16", "bf16")
 FP8 = ("fp8", "fp8_plain")

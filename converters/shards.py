@@ -41,6 +41,15 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
+def sharding(size: str | None, by: str | None) -> Sharding | None:
+    """From the options of the command line; None for one file."""
+    if size and by:
+        raise UserError("--shard-size and --shard-by exclude each other")
+    if by not in (None, "block"):
+        raise UserError(f"--shard-by {by}: only block is known")
+    return Sharding(parse_size(size)) if size else Sharding(by_block=True) if by else None
+
+
 def divide(infos: Sequence[TensorInfo], sharding: Sharding) -> list[tuple[TensorInfo, ...]]:
     """Consecutive tensors that share a file."""
     blocks = [tuple(group) for _, group in groupby(infos, lambda info: block_of(info.name))]

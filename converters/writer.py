@@ -16,7 +16,8 @@ from types import TracebackType
 from torch import Tensor
 
 from flux_quant.converters.checkpoint import container_for
-from flux_quant.converters.container import TensorInfo, as_bytes
+from flux_quant.converters.checksums import PENDING, checksum, entry
+from flux_quant.converters.container import Layout, TensorInfo, as_bytes
 from flux_quant.converters.output import OutputFile, check_space
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
@@ -41,9 +42,11 @@ class CheckpointWriter:
     and need not be written again; see `OutputFile`.
     """
 
-    def __init__(self, files: Sequence[FilePlan], force: bool, fingerprint: str = "") -> None:
+    def __init__(self, files: Sequence[FilePlan], force: bool, fingerprint: str = "", checksums: bool = False) -> None:
         self.files = files
-        self.layouts = [container_for(file.path).layout(file.infos, file.metadata, **file.options) for file in files]
+        names = [info.name for file in files for info in file.infos]
+        self.sums = dict.fromkeys(names, PENDING) if checksums else {}
+        self.layouts = [self.layout_of(file) for file in files]
         self.outputs = [
             OutputFile(file.path, layout.nbytes, force, fingerprint)
             for file, layout in zip(files, self.layouts, strict=True)
@@ -55,6 +58,11 @@ class CheckpointWriter:
         self.finished: dict[str, object] = {}
         self.notes: list[dict[str, object]] = [{} for _ in files]
         self.unsynced = 0
+
+    def layout_of(self, file: FilePlan) -> Layout:
+        """The first file has the checksums of all."""
+        sums = entry(self.sums) if self.sums and file is self.files[0] else {}
+        return container_for(file.path).layout(file.infos, {**file.metadata, **sums}, **file.options)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +78,10 @@ class CheckpointWriter:
         try:
             for output, layout in zip(self.outputs, self.layouts, strict=True):
                 output.__enter__()
-                self.finished |= {name: note for name, note in output.finished.items() if name in self.home}
+                for name, (note, digest) in output.finished.items():
+                    self.finished[name] = note
+                    if self.sums:
+                        self.sums[name] = digest
                 for offset, data in ((0, layout.header), *layout.constants):
                     output.write(offset, data)
         except BaseException:
@@ -90,7 +101,9 @@ class CheckpointWriter:
                 raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} in a place for {place.dtype} {place.shape}")
             self.outputs[i].write(place.offset, as_bytes(part.cpu()).numpy().data)
             self.unsynced += place.nbytes
-        self.notes[i][name] = note
+        if self.sums:
+            self.sums[name] = checksum(parts)
+        self.notes[i][name] = note, self.sums.get(name)
         if self.unsynced >= SYNC_BYTES:
             self.sync()
 
@@ -106,6 +119,8 @@ class CheckpointWriter:
         """All weights are written: from now on the files in `written` can be opened as checkpoints."""
         if self.pending:
             raise ValueError(f"{len(self.pending)} weights were not written, {min(self.pending)} among them")
+        if self.sums:
+            self.outputs[0].write(0, self.layout_of(self.files[0]).header)
         self.sync()
         for output in self.outputs:
             output.flush()

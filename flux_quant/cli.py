@@ -23,10 +23,10 @@ app = typer.Typer(
 )
 UsageError = typer.BadParameter.__base__  # of typer's click, which older versions import and newer ones contain
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="FLUX.1 transformer: .safetensors or .gguf")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="file, shards or folder of a model")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="its suffix chooses the container")]
-FormatName = Annotated[str, typer.Option("--format", "-f", help="q8_0 q5_1 q5_0 q4_1 q4_0 f16 bf16 fp8")]
+FormatName = Annotated[str, typer.Option("--format", "-f", help="q8_0 q6_k q5_k_m q4_k_m ... fp8 bf16; see README")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
 Component = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: found beside the model]")]
@@ -68,15 +68,74 @@ def convert(
     format_name: FormatName,
     dry_run: DryRun = False,
     force: Force = False,
+    own_rows: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="GLOB=FORMAT", help="another format for some tensors; repeatable"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="GLOB", help="tensors that keep their own format; repeatable")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="lines GLOB=FORMAT, after --set and --keep")
+    ] = None,
+    components: Annotated[
+        str | None, typer.Option(metavar="LIST", help="which models of SRC: transformer,t5,clip,vae,...")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="fuse a LoRA first; repeatable")
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="of scales: full, or none for the bytes of ggml's plain reference")
+    ] = "full",
+    imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance of input columns")] = None,
+    legacy: Annotated[bool, typer.Option("--legacy", help="FP8 in the form of 2024, for Forge")] = False,
+    diffusers: Annotated[bool, typer.Option("--diffusers", help="DST is a folder as diffusers writes it")] = False,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="several files of at most 2GB, 500MB ...")
+    ] = None,
+    shard_by: Annotated[str | None, typer.Option(metavar="block", help="one file per block")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="spiece.model for a T5 as GGUF [default: beside SRC]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... that quantizes")] = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep what is finished if interrupted, and go on with it")
+    ] = False,
+    checksums: Annotated[bool, typer.Option("--checksums", help="record the SHA-256 of every tensor")] = False,
     threads: Threads = None,
 ) -> None:
-    """Convert a FLUX.1 transformer to GGUF or FP8, one tensor in memory at a time."""
+    """Convert a model to GGUF, FP8 or 16 bits, a few tensors in memory at a time."""
     from flux_quant import console
+    from flux_quant.converters.conversion import Conversion
     from flux_quant.converters.convert import run
-    from flux_quant.converters.plan import Conversion, make_plan
+    from flux_quant.converters.lora_io import parse_lora_option
+    from flux_quant.converters.plan import make_plan
+    from flux_quant.converters.recipe import KEEP, parse_row, read_rows
+    from flux_quant.converters.shards import sharding
 
     use_threads(threads)
-    plan = make_plan(Conversion(source, output, format_name, force))
+    if search not in ("full", "none"):
+        raise UserError(f"--search {search}: choose full or none")
+    rows = [*map(parse_row, own_rows or ()), *((glob, KEEP) for glob in keep or ())]
+    asked = Conversion(
+        source,
+        output,
+        format_name.lower(),
+        force,
+        tuple(components.split(",")) if components else (),
+        own_rows=(*rows, *(read_rows(recipe) if recipe else ())),
+        search=search == "full",
+        legacy_fp8=legacy,
+        imatrix=imatrix,
+        loras=tuple(map(parse_lora_option, lora or ())),
+        tokenizer=tokenizer,
+        sharding=sharding(shard_size, shard_by),
+        device=device,
+        resume=resume,
+        checksums=checksums,
+        folder=diffusers,
+    )
+    plan = make_plan(asked)
     if dry_run:
         console.print_plan(plan)
         return
@@ -85,6 +144,73 @@ def convert(
     with console.progress() as report:
         result = run(plan, report)
     console.print_result(result)
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="all-in-one file or pipeline folder")],
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where the parts go")],
+    force: Force = False,
+) -> None:
+    """Take an all-in-one file or a pipeline apart: one file per model."""
+    from flux_quant import console
+    from flux_quant.converters.bundle import split as take_apart
+
+    with console.progress() as report:
+        written = take_apart(source, folder, force, report)
+    console.print_written(written)
+
+
+@app.command()
+def merge_components(
+    sources: Annotated[list[Path], typer.Argument(metavar="PART...", help="files or folders that hold the models")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="a .safetensors file, or a folder")],
+    diffusers: Annotated[bool, typer.Option("--diffusers", help="DST is a diffusers pipeline folder")] = False,
+    tokenizers: Annotated[Path | None, typer.Option(metavar="DIR", help="with both tokenizers, for a folder")] = None,
+    force: Force = False,
+) -> None:
+    """Put models together: into one file for ComfyUI, or into a diffusers pipeline."""
+    from flux_quant import console
+    from flux_quant.converters.bundle import merge, merge_folder
+
+    with console.progress() as report:
+        if diffusers:
+            written = merge_folder(sources, output, tokenizers, force, report)
+        else:
+            written = merge(sources, output, force, report)
+    console.print_written([written])
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="FILE")],
+    against: Annotated[Path | None, typer.Option(metavar="SRC", help="measure the error of every tensor")] = None,
+    json: Json = False,
+) -> int:
+    """Check a model file: its structure, its numbers, and its error against a source. Exit code 1 if it is damaged."""
+    from flux_quant import console
+    from flux_quant.converters import verify as checks
+
+    with console.progress() as report:
+        found = checks.verify(path, against, report)
+    console.print_report(found, json)
+    return 1 if found.problems else 0
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A")],
+    b: Annotated[Path, typer.Argument(metavar="B")],
+    json: Json = False,
+) -> int:
+    """Compare two model files, tensor by tensor, whatever their containers and names. Exit code 1 if they differ."""
+    from flux_quant import console
+    from flux_quant.converters import verify as checks
+
+    with console.progress() as report:
+        found = checks.diff(a, b, report)
+    console.print_report(found, json)
+    return 1 if console.differs(found) else 0
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,15 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_quant.arch import block_of
+from flux_quant.converters.conversion import Row
 from flux_quant.converters.convert import Result, Usage
-from flux_quant.converters.plan import Plan, Row
+from flux_quant.converters.plan import Plan
 from flux_quant.converters.quantize import Deviation
-from flux_quant.converters.summary import Summary
+from flux_quant.converters.summary import Summary, shorten
 
 if TYPE_CHECKING:
+    from flux_quant.converters.bundle import Written
+    from flux_quant.converters.verify import Report
     from flux_quant.pipeline import Result as Generation
 
 WIDTH = 100  # where no terminal tells its own
@@ -154,10 +157,16 @@ def print_result(result: Result) -> None:
     out.add_row("all", *usage_cells(result.total))
     console.print(out)
     share = result.file_bytes / result.source_bytes
+    where = f"{result.path}" + (f" ({result.files} files)" if result.files > 1 else "")
     console.print(
-        f"{result.path}: {size(result.file_bytes)}, {share:.1%} of the source's {size(result.source_bytes)}; verified",
+        f"{where}: {size(result.file_bytes)}, {share:.1%} of the source's {size(result.source_bytes)}; verified",
         soft_wrap=True,
     )
+    if result.resumed:
+        console.print(f"{result.resumed:,} tensors had been finished by an interrupted run")
+    for reason, rows in reasons(result.exceptions):
+        names = ", ".join(row.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        console.print(f"{len(rows)} of another format than asked for ({names}): {reason}", soft_wrap=True)
 
 
 def usage_cells(usage: Usage) -> list[str]:
@@ -195,6 +204,90 @@ def steps_progress() -> Iterator[Callable[[Iterable[int]], Iterable[int]]]:
 class SecondsPerStep(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.elapsed / task.completed:.2f} s/it" if task.completed and task.elapsed else "")
+
+
+def print_written(written: Iterable["Written"]) -> None:
+    for file in written:
+        print(f"{file.path}: {file.family}, {file.tensors:,} tensors, {size(file.bytes)}")
+
+
+WORST = 5  # tensors named in a report
+
+
+def print_report(report: "Report", machine_readable: bool) -> None:
+    """Of `verify` and `diff`. Problems are results, so they go to stdout."""
+    if machine_readable:
+        print(json.dumps(report_as_json(report), indent=2))
+        return
+    console = stdout()
+    what = " + ".join(f"{family.name} {family.variant}".strip() for family in report.families) or "no model known here"
+    beside = f", compared with {report.against}" if report.against else ""
+    console.print(f"{report.path}: {what}, {len(report.rows):,} tensors{beside}", soft_wrap=True)
+    if report.against:
+        print_errors(console, report)
+    if report.checksums:
+        console.print(f"{report.checksums:,} checksums are right")
+    for key, here, there in report.metadata:
+        console.print(f"metadata {key}: {brief(there)} -> {brief(here)}", soft_wrap=True)
+    for warning in report.warnings:
+        warn(warning)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", soft_wrap=True)
+    console.print(f"{len(report.problems)} problems" if report.problems else "no problems")
+
+
+def print_errors(console: Console, report: "Report") -> None:
+    """Per format, and the tensors that are furthest from the source."""
+    compared = [row for row in report.rows if row.deviation is not None]
+    out = table("format", "was", "tensors", "identical", "SNR dB", "relative error", left=2)
+    for kind in dict.fromkeys((row.format, row.source_format) for row in compared):
+        rows = [row for row in compared if (row.format, row.source_format) == kind]
+        deviation = sum((row.deviation for row in rows), Deviation())
+        same = sum(row.identical for row in rows)
+        out.add_row(*kind, f"{len(rows):,}", f"{same:,}", *deviation_cells(deviation))
+    console.print(out)
+    worst = sorted(compared, key=lambda row: -row.deviation.relative)[:WORST]
+    for row in worst:
+        if row.deviation.noise:
+            console.print(f"  {row.name} ({row.format}): {row.deviation.snr:.1f} dB")
+
+
+def brief(value: object) -> str:
+    return "absent" if value is None else shorten(value)
+
+
+def differs(report: "Report") -> bool:
+    return bool(report.problems or report.metadata) or not all(row.identical for row in report.rows)
+
+
+def report_as_json(report: "Report") -> dict[str, object]:
+    rows = [
+        {"name": row.name, "shape": list(row.shape), "format": row.format, "bytes": row.nbytes}
+        | (
+            {"was": row.source_format, "identical": row.identical, **errors_as_json(row.deviation)}
+            if row.deviation
+            else {}
+        )
+        for row in report.rows
+    ]
+    return {
+        "path": str(report.path),
+        "against": str(report.against) if report.against else None,
+        "families": [asdict(family) for family in report.families],
+        "problems": report.problems,
+        "warnings": report.warnings,
+        "checksums": report.checksums,
+        "metadata": [[key, brief(there), brief(here)] for key, here, there in report.metadata],
+        "tensors": rows,
+    }
+
+
+def errors_as_json(deviation: Deviation) -> dict[str, float | None]:
+    """JSON has no infinity: an exact tensor has no SNR."""
+    return {
+        "snr_db": round(deviation.snr, 3) if isfinite(deviation.snr) else None,
+        "relative_error": deviation.relative,
+    }
 
 
 def say(text: str) -> None:

@@ -11,8 +11,9 @@ from flux_quant.converters.bundle import merge, merge_folder, split
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.component import components
 from flux_quant.converters.container import as_bytes
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
-from flux_quant.converters.plan import Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.errors import UserError
 
 PARTS = find_components(BUNDLED)

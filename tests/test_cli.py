@@ -75,6 +75,33 @@ def test_convert(model, tmp_path, capsys):
     assert target.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
+def test_verify_and_diff(model, tmp_path, capsys):
+    """Exit codes 0 and 1; a damaged byte is found by its checksum and named."""
+    a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    for target, format_name in ((a, "q8_0"), (b, "q4_k_m")):
+        assert main(["convert", str(model), "-o", str(target), "-f", format_name, "--checksums"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(a), "--against", str(model)]) == 0
+    out, _ = capsys.readouterr()
+    assert "FLUX.1 dev" in out and "92 checksums are right" in out and "45." in out and "no problems" in out
+    assert main(["diff", str(a), str(a)]) == 0 and "exact" in capsys.readouterr().out
+    assert main(["diff", str(a), str(b)]) == 1 and "q5_k" in capsys.readouterr().out
+    data = bytearray(a.read_bytes())
+    data[-100] ^= 1
+    a.write_bytes(data)
+    assert main(["verify", str(a), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "final_layer" in problem and "SHA-256" in problem
+
+
+def test_split_and_merge(model, tmp_path, capsys):
+    merged, parts = tmp_path / "all.safetensors", tmp_path / "parts"
+    assert main(["merge-components", str(model), "-o", str(merged)]) == 0
+    assert main(["split", str(merged), "-o", str(parts)]) == 0
+    assert "FLUX.1, 92 tensors" in capsys.readouterr().out
+    assert main(["diff", str(model), str(parts / "transformer.safetensors")]) == 0
+
+
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -168,6 +195,22 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # command, p
     "unknown option": (CONVERT + " --fast", nothing, "No such option: --fast"),
     "unknown verb": ("quantize flux.safetensors", nothing, "No such command 'quantize'"),
     "option missing": ("convert flux.safetensors -o out.gguf", nothing, "Missing option '--format'"),
+    "no row": (CONVERT + " --set img_in", nothing, "should be GLOB=FORMAT"),
+    "row without tensors": (CONVERT + " --keep nothing.*", nothing, "no tensor matches nothing.*"),
+    "recipe missing": (CONVERT + " --recipe nix.txt", nothing, "nix.txt: No such file"),
+    "LoRA missing": (CONVERT + " --lora nix.safetensors:0.5", nothing, "nix.safetensors: No such file"),
+    "imatrix missing": (CONVERT + " --imatrix nix.dat", nothing, "nix.dat: No such file"),
+    "unknown search": (CONVERT + " --search slow", nothing, "choose full or none"),
+    "two ways to split": (CONVERT + " --shard-size 1MB --shard-by block", nothing, "exclude each other"),
+    "no size": (CONVERT + " --shard-size big", nothing, "big is no size"),
+    "unknown component": (CONVERT + " --components vae", nothing, "holds no vae"),
+    "nothing to split": (
+        "split a.txt -o parts",
+        lambda d: (d / "a.txt").write_text("hello world"),
+        "neither safetensors",
+    ),
+    "merge twice": ("merge-components flux.safetensors flux.safetensors -o x.safetensors", nothing, "both hold"),
+    "verify nothing": ("verify nix.gguf", nothing, "nix.gguf: No such file"),
     "no threads": (CONVERT + " --threads 0", nothing, "--threads"),
 }
 

@@ -17,10 +17,11 @@ from flux_quant.arch import FluxConfig
 from flux_quant.converters import convert as convert_module
 from flux_quant.converters import quantize
 from flux_quant.converters.checkpoint import load, open_checkpoint
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import Result, run
 from flux_quant.converters.gguf_io import FILE_TYPES, TYPES
 from flux_quant.converters.mixes import BASES
-from flux_quant.converters.plan import Conversion, Plan, make_plan
+from flux_quant.converters.plan import Plan, make_plan
 from flux_quant.converters.recipe import OFFERED, build
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from flux_quant.arch import FluxConfig
 from flux_quant.converters.checkpoint import load, open_checkpoint
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
-from flux_quant.converters.plan import Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.errors import UserError
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux

@@ -13,8 +13,9 @@ from PIL import Image
 from flux_quant.components import BUNDLED, Components, find_components, picture_size
 from flux_quant.configs import vae_config
 from flux_quant.converters.checkpoint import load, open_checkpoint
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
-from flux_quant.converters.plan import Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_vae

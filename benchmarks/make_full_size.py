@@ -1,0 +1,62 @@
+"""A FLUX.1 [dev] of full size with random weights: 780 tensors, 11,901,408,320 parameters, 23.8 GB in BF16.
+
+    python -I -m flux_quant.benchmarks.make_full_size build/flux1-random.safetensors [--fraction 0.1]
+
+Values have the spread of trained ones (normal, standard deviation 0.02), so that scales, times and sizes are realistic;
+pictures are noise. `--fraction` keeps that share of the blocks, for a shorter test of the same layers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from flux_quant import arch
+from flux_quant.arch import FluxConfig
+from flux_quant.console import progress
+from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.writer import create_checkpoint
+from flux_quant.model import Flux
+
+SPREAD = 0.02
+DEV = dict(
+    in_channels=64, out_channels=64, hidden=3072, head_dim=128, mlp=12288, context=4096, pooled=768, guidance=True
+)
+DOUBLE, SINGLE = 19, 38
+
+
+def infos(fraction: float) -> list[TensorInfo]:
+    config = FluxConfig(
+        **DEV, double_blocks=max(1, round(DOUBLE * fraction)), single_blocks=max(1, round(SINGLE * fraction))
+    )
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in Flux(config).state_dict().items()}
+    return [TensorInfo(name, shapes[name], "bf16") for name in sorted(shapes, key=arch.running_order)]
+
+
+def make(path: Path, fraction: float = 1.0, seed: int = 0) -> int:
+    """Returns the number of parameters."""
+    tensors = infos(fraction)
+    total, done = sum(info.numel for info in tensors), 0
+    generator = torch.Generator().manual_seed(seed)
+    with create_checkpoint(path, tensors, {"modelspec.title": "random weights"}) as writer, progress() as report:
+        for info in tensors:
+            weight = torch.empty(info.shape, dtype=torch.bfloat16).normal_(0, SPREAD, generator=generator)
+            writer.write(info.name, (weight + 1 if info.name.endswith("scale") else weight,))
+            done += info.numel
+            report("writing", done, total)
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--fraction", type=float, default=1.0)
+    args = parser.parse_args()
+    print(f"{args.path}: {make(args.path, args.fraction):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

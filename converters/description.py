@@ -1,0 +1,110 @@
+"""What a converted file says of itself, and what a user should know before a conversion begins."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+import flux_quant
+from flux_quant.converters import checksums, gguf_io, t5_gguf
+from flux_quant.converters.component import Component
+from flux_quant.converters.conversion import Conversion, Row
+from flux_quant.converters.fp8_layout import Fp8Form
+from flux_quant.converters.lora_math import Adapters
+from flux_quant.converters.recipe import GGUF, Recipe
+from flux_quant.converters.targets import TARGETS
+from flux_quant.formats import FORMATS
+
+TOKENIZERS = ("spiece.model", "tokenizers/t5/spiece.model", "tokenizer_2/spiece.model")  # of T5
+
+
+def metadata_for(component: Component, recipe: Recipe, asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
+    """Safetensors keep all of a safetensors source; the other pairs keep what the model says of itself (modelspec)."""
+    description = {
+        key: value
+        for key, value in component.metadata.items()
+        if key.startswith("modelspec.") and key != "modelspec.thumbnail"  # a picture, tens of kilobytes
+    }
+    if asked.suffix != GGUF:
+        return (kept_metadata(component) if component.container == "safetensors" else description) | history(
+            asked, rows
+        )
+    family = component.family.name
+    out = gguf_io.model_metadata(TARGETS[family].architecture, recipe.name, recipe.format)
+    if family == "T5 encoder":
+        shapes = {row.name: row.source.shape for row in rows}
+        out = t5_gguf.t5_metadata(shapes, tokenizer_of(asked)) | out
+    for row in rows:
+        if row.packed.shape != row.source.shape:
+            out[gguf_io.SHAPE_KEY + row.pieces[0].name] = np.array(row.source.shape, np.int32)
+    return out | {"flux_quant.version": flux_quant.__version__} | history(asked, rows) | description
+
+
+def kept_metadata(component: Component) -> dict[str, object]:
+    """All of a safetensors source, less what holds for its bytes only."""
+    return {key: value for key, value in component.metadata.items() if key != checksums.KEY}
+
+
+def tokenizer_of(asked: Conversion) -> Path | None:
+    """The vocabulary that was named, or lies where folders of ours, diffusers and transformers have it."""
+    if asked.tokenizer is not None:
+        return asked.tokenizer
+    near = asked.source if asked.source.is_dir() else asked.source.parent
+    candidates = (folder / place for folder in (near, near.parent) for place in TOKENIZERS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def options_for(asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
+    """How FP8 is written; scales of activations that the source has stay, whatever its own form."""
+    if not any(row.format == "fp8" for row in rows):
+        return {}
+    scales = {}
+    for row in rows:
+        if row.name in row.component.input_scales:
+            scales |= {piece.name: row.component.input_scales[row.name] for piece in row.pieces}
+    return {"fp8_form": Fp8Form(asked.legacy_fp8, scales)}
+
+
+def requantized(rows: Sequence[Row]) -> list[str]:
+    """The quantized formats that tensors have in the source and lose."""
+    changed = [row for row in rows if row.format != row.source.format]
+    kinds = {row.component.stored_as(row.name) for row in changed if row.component.quantized}
+    return sorted(kinds & {kind for row in changed for kind in row.component.quantized})
+
+
+def history(asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
+    """What was done to the weights that their values do not tell."""
+    out = {}
+    if kinds := requantized(rows):
+        out["flux_quant.requantized_from"] = " ".join(kinds)
+    if asked.loras:
+        out["flux_quant.loras"] = " ".join(f"{path.name}:{strength:g}" for path, strength in asked.loras)
+    if asked.imatrix:
+        out["flux_quant.imatrix"] = asked.imatrix.name
+    return out
+
+
+def notes_for(
+    asked: Conversion,
+    left: Sequence[Component],
+    adapters: Adapters,
+    importance: Mapping[str, Tensor],
+    rows: Sequence[Row],
+) -> list[str]:
+    """`left`: the models of the source that are not converted."""
+    notes = []
+    if kinds := requantized(rows):
+        notes.append(f"{asked.source} is quantized already ({', '.join(kinds)}): its errors stay, new ones are added")
+    if left:
+        notes.append(f"{asked.source} also holds {', '.join(other.family.name for other in left)}: left out")
+    for lora, _ in adapters:
+        if unused := [*lora.unused, *lora.unapplied(row.name for row in rows)]:
+            notes.append(f"{len(unused)} keys of {lora.path} were not applied, {unused[0]} among them")
+    if importance:
+        without = [row for row in rows if not FORMATS[row.format].is_plain and row.name not in importance]
+        if without:
+            notes.append(f"{len(without)} quantized weights are not in the imatrix, the first is {without[0].name}")
+    if asked.suffix == GGUF and rows[0].component.family.name == "T5 encoder" and tokenizer_of(asked) is None:
+        notes.append("no spiece.model found: llama.cpp does not read a T5 without one; name it with --tokenizer")
+    return notes
