@@ -22,6 +22,7 @@ class Conversion:
     search: bool = True
     legacy_fp8: bool = False
     imatrix: Path | None = None
+    calibration: Path | None = None  # largest inputs of the layers, for FP8 activations
     loras: tuple[tuple[Path, float], ...] = ()
     tokenizer: Path | None = None  # whose vocabulary a T5 in GGUF carries
     sharding: Sharding | None = None

@@ -7,13 +7,16 @@ import numpy as np
 from torch import Tensor
 
 import flux_quant
+from flux_quant.codecs.fp8 import LARGEST
 from flux_quant.converters import checksums, gguf_io, t5_gguf
 from flux_quant.converters.component import Component
 from flux_quant.converters.conversion import Conversion, Row
 from flux_quant.converters.fp8_layout import Fp8Form
+from flux_quant.converters.imatrix import read_maxima
 from flux_quant.converters.lora_math import Adapters
 from flux_quant.converters.recipe import GGUF, Recipe
 from flux_quant.converters.targets import TARGETS
+from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
 TOKENIZERS = ("spiece.model", "tokenizers/t5/spiece.model", "tokenizer_2/spiece.model")  # of T5
@@ -56,21 +59,28 @@ def tokenizer_of(asked: Conversion) -> Path | None:
 
 
 def options_for(asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
-    """How FP8 is written; scales of activations that the source has stay, whatever its own form."""
-    if not any(row.format == "fp8" for row in rows):
+    """How FP8 is written. Scales of activations come from a calibration; without one, those of the source stay."""
+    quantized = [row for row in rows if row.format == "fp8"]
+    if not quantized:
         return {}
-    scales = {}
-    for row in rows:
-        if row.name in row.component.input_scales:
-            scales |= {piece.name: row.component.input_scales[row.name] for piece in row.pieces}
+    if asked.calibration:
+        maxima = read_maxima(asked.calibration)
+        known = {name: value / LARGEST for name, value in maxima.items() if value > 0}
+    else:
+        known = {row.name: scale for row in quantized if (scale := row.component.input_scales.get(row.name))}
+    scales = {piece.name: known[row.name] for row in quantized if row.name in known for piece in row.pieces}
+    if asked.calibration and not scales:
+        raise UserError(f"{asked.calibration} has no entry for any of the {len(quantized)} FP8 weights")
     return {"fp8_form": Fp8Form(asked.legacy_fp8, scales)}
 
 
 def requantized(rows: Sequence[Row]) -> list[str]:
     """The quantized formats that tensors have in the source and lose."""
-    changed = [row for row in rows if row.format != row.source.format]
-    kinds = {row.component.stored_as(row.name) for row in changed if row.component.quantized}
-    return sorted(kinds & {kind for row in changed for kind in row.component.quantized})
+    lost = set()
+    for row in rows:
+        if row.format != row.source.format and row.component.quantized:
+            lost |= row.component.quantized.intersection(row.component.stored_as(row.name).split(" + "))
+    return sorted(lost)
 
 
 def history(asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 read    llama.cpp's and stable-diffusion.cpp's older binary form (.dat): counts and length-prefixed entries
         llama.cpp's newer form: a GGUF with `<name>.in_sum2` (sums of squares) and `<name>.counts`
-        our own form: safetensors of F32 (K,) vectors named like the weights, metadata {"format": "imatrix"}
+        our own form: safetensors of F32 (K,) vectors named like the weights, metadata {"format": "imatrix"}; beside
+        `X.weight` there may be `X.input_amax` (), the largest magnitude of the layer's input
 write   our own form
 
 The older form holds no mark by which it could be recognised: a file that is neither of the others is taken for one if
@@ -13,6 +14,7 @@ Source: llama.cpp tools/imatrix/imatrix.cpp and `load_imatrix` in tools/quantize
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from flux_quant.errors import UserError
 from flux_quant.formats import Shape
 
 FORMAT = "imatrix"
+MAXIMUM = ".input_amax"
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 512  # bytes; ggml itself allows 63
 PREFIXES = ("model.diffusion_model.", "text_encoders.t5xxl.transformer.", "text_encoders.clip_l.transformer.")
@@ -59,9 +62,22 @@ def from_vectors(reader: CheckpointReader) -> dict[str, Tensor]:
     if reader.metadata.get("format") != FORMAT:
         raise UserError(f'{reader.path} is no imatrix: its metadata have no "format": "{FORMAT}"')
     for info in (*reader.tensors.values(), *reader.foreign.values()):
-        if info.format != "f32" or len(info.shape) != 1:
+        if info.format != "f32" or len(info.shape) != (0 if info.name.endswith(MAXIMUM) else 1):
             raise UserError(f"{reader.path}: {info.name} is {info.format} {list(info.shape)}, not an F32 vector")
-    return {name: load(reader, name) for name in reader.tensors}
+    return {name: load(reader, name) for name in reader.tensors if not name.endswith(MAXIMUM)}
+
+
+def read_maxima(path: str | Path) -> dict[str, float]:
+    """Weight name -> largest magnitude of its layer's input, from our own form. UserError if there are none."""
+    with open_checkpoint(path) as reader:
+        if reader.metadata.get("format") != FORMAT:
+            raise UserError(f"{path} is no file of `flux-quant calibrate`")
+        found = {name: float(load(reader, name)) for name in reader.tensors if name.endswith(MAXIMUM)}
+    if not found:
+        raise UserError(f"{path} holds no largest magnitudes (*{MAXIMUM})")
+    if wrong := next((name for name, value in found.items() if not 0 <= value < float("inf")), None):
+        raise UserError(f"{path}: {wrong} is {found[wrong]}, not a magnitude")
+    return {f"{name.removesuffix(MAXIMUM)}.weight": value for name, value in found.items()}
 
 
 def from_sums(reader: CheckpointReader) -> dict[str, Tensor]:
@@ -136,16 +152,22 @@ def from_dat(mapped: MappedFile) -> dict[str, Tensor]:
 
 
 def write_imatrix(
-    path: str | Path, means: Mapping[str, Tensor], metadata: Mapping[str, object], force: bool = False
+    path: str | Path,
+    means: Mapping[str, Tensor],
+    metadata: Mapping[str, object],
+    force: bool = False,
+    maxima: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Our own form. `metadata` tells how it came about: {"count": tokens seen, ...}."""
+    """Our own form. `metadata` tells how it came about: {"count": tokens seen, ...}; maxima by weight name."""
     for name, mean in means.items():
         if mean.ndim != 1:
             raise ValueError(f"{name}: mean squares of shape {tuple(mean.shape)}, a vector was expected")
     infos = [TensorInfo(name, tuple(mean.shape), "f32") for name, mean in means.items()]
+    scalars = {name.removesuffix(".weight") + MAXIMUM: torch.tensor(value) for name, value in maxima.items()}
+    infos += [TensorInfo(name, (), "f32") for name in scalars]
     with create_checkpoint(path, infos, {**metadata, "format": FORMAT}, force) as writer:
-        for name, mean in means.items():
-            writer.write(name, (mean.float(),))
+        for name, values in {**means, **scalars}.items():
+            writer.write(name, (values.float(),))
 
 
 def check_imatrix(imatrix: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[str]:

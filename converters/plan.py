@@ -73,7 +73,8 @@ class Plan:
         """The same for the same work only: what a resumed conversion must agree in. Empty if it is not resumable."""
         if not self.asked.resume:
             return ""
-        paths = [self.source, *(path for path, _ in self.asked.loras), *filter(None, [self.asked.imatrix])]
+        paths = [self.source, *(path for path, _ in self.asked.loras)]
+        paths += [path for path in (self.asked.imatrix, self.asked.calibration) if path]
         files = [(str(path.resolve()), *identity(path)) for path in paths]
         targets = [(info.name, info.shape, info.format) for info in self.infos]
         choices = [

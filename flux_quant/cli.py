@@ -88,6 +88,9 @@ def convert(
         str, typer.Option(help="of scales: full, or none for the bytes of ggml's plain reference")
     ] = "full",
     imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance of input columns")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="of `calibrate`: scales for FP8 activations")
+    ] = None,
     legacy: Annotated[bool, typer.Option("--legacy", help="FP8 in the form of 2024, for Forge")] = False,
     diffusers: Annotated[bool, typer.Option("--diffusers", help="DST is a folder as diffusers writes it")] = False,
     shard_size: Annotated[
@@ -127,6 +130,7 @@ def convert(
         search=search == "full",
         legacy_fp8=legacy,
         imatrix=imatrix,
+        calibration=calibration,
         loras=tuple(map(parse_lora_option, lora or ())),
         tokenizer=tokenizer,
         sharding=sharding(shard_size, shard_by),
@@ -144,6 +148,45 @@ def convert(
     with console.progress() as report:
         result = run(plan, report)
     console.print_result(result)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="transformer file, or a folder of model files")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="a .safetensors file")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="one prompt per line")],
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 8,
+    guidance: Annotated[float, typer.Option(help="scale of the distilled guidance")] = 3.5,
+    seed: Annotated[int, typer.Option(help="of the first picture's noise")] = 0,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels [default: the model's]")] = None,
+    t5: Component = None,
+    clip: Component = None,
+    tokenizers: Annotated[Path | None, typer.Option(help="folder with both tokenizers")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    force: Force = False,
+    threads: Threads = None,
+) -> None:
+    """Watch the inputs of every layer while pictures are drawn: for `convert --imatrix` and `--calibration`."""
+    from flux_quant import console
+    from flux_quant.calibration import calibrate as watch
+    from flux_quant.calibration import read_prompts
+    from flux_quant.components import find_components, picture_size
+    from flux_quant.converters.imatrix import write_imatrix
+    from flux_quant.converters.output import check_target
+    from flux_quant.pipeline import Request, choose_device
+
+    check_target(output, force)
+    use_threads(threads)
+    place, dtype = choose_device(device)
+    components = find_components(model, t5, clip, None, tokenizers)
+    pixels = picture_size(size, components.transformer)
+    requests = [
+        Request(prompt, None, steps, guidance, seed + i, pixels) for i, prompt in enumerate(read_prompts(prompts))
+    ]
+    with console.progress() as report:
+        seen = watch(components, requests, place, dtype, report)
+    write_imatrix(output, seen.mean_squares(), seen.metadata(), force, seen.maxima)
+    print(f"{output}: inputs of {len(seen.maxima)} layers over {len(requests)} pictures of {steps} steps")
 
 
 @app.command()

@@ -28,6 +28,7 @@ LAYERS = (
     {"loading", "sampling"},
     {"components", "text"},
     {"pipeline"},
+    {"calibration"},
     {"console"},
     {"frontends"},
     {"benchmarks"},
