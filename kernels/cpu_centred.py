@@ -97,12 +97,11 @@ def centred_integers(x, w, width, groups, integer_range, low, high, scale, unit,
     lowest, highest, candidates = integer_range
     d = as_stored(block_largest(scale, groups) / splat(lowest), unit, reciprocal)
     middle = nearest(scale * inverse(d))
-    best = integers = splat(ZERO)
-    for neighbour in range(candidates):
+    integers = clip(middle, splat(lowest), splat(highest))
+    best = centred_error(x, w, width, d * integers, low, high, q) if candidates > 1 else splat(ZERO)
+    for neighbour in range(1, candidates):
         candidate = clip(middle + splat(NEIGHBOURS[neighbour]), splat(lowest), splat(highest))
         error = centred_error(x, w, width, d * candidate, low, high, q)
-        if neighbour == 0:
-            best, integers = error, candidate
         integers = if_less(error, best, candidate, integers)
         best = if_less(error, best, error, best)
     xq, qq = centred_sums(x, w, width, inverse(d * integers), low, high)

@@ -38,7 +38,7 @@ def join_bits(fields: Tensor, width: int, shift: int = 0) -> Tensor:
     word = fields.shape[-1] % 8 == 0 and fields.is_contiguous()
     if word:
         fields = fields.view(torch.int64)
-    out = fields >> shift & ((1 << width) - 1) * (0x0101010101010101 if word else 1)
+    out = (fields >> shift if shift else fields) & ((1 << width) - 1) * (0x0101010101010101 if word else 1)
     while (count := out.shape[-2]) > 1:  # 2, 4 or 8: the second half above the first, until one is left
         low, high = out.split(count // 2, dim=-2)
         out = low | high << width * (count // 2)
