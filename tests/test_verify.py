@@ -15,10 +15,11 @@ import flux_quant
 from flux_quant.converters import checksums, gguf_io
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
 from flux_quant.converters.expectations import ALIKE, ARCHITECTURES, REQUIRED
 from flux_quant.converters.gguf_io import TYPES
-from flux_quant.converters.plan import Conversion, make_plan
+from flux_quant.converters.plan import make_plan
 from flux_quant.converters.quantize import Deviation, requantize
 from flux_quant.converters.verify import Report, diff, verify
 from flux_quant.converters.writer import create_checkpoint
