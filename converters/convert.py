@@ -118,9 +118,15 @@ def write(plan: Plan, progress: Progress) -> Tally:
             else:
                 tally.add(row, Deviation(*notes[0]))
         tally.resumed = len(plan.rows) - len(todo)
+        rows = {piece.name: row for row in todo for piece in row.pieces}
+
+        def put_down(name: str, parts: Parts, note: object) -> None:
+            writer.write(name, parts, note)
+            rows[name].component.forget(rows[name].name)  # parts that did not change are the source's own pages
+
         with (
             read_ahead(todo, lambda row: row.component.read(row.name)) as reading,
-            WriteBehind(writer.write) as writing,
+            WriteBehind(put_down) as writing,
         ):
             for row, parts in reading:
                 packed, deviation = pack(plan, row, parts)
