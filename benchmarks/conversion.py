@@ -1,6 +1,6 @@
 """How long a conversion takes and how much memory it needs, against `cp` of the same file on the same disk.
 
-    python -I -m flux_quant.benchmarks.conversion build/flux1-random.safetensors [--formats q8_0 fp8 q4_k_s] [--save]
+    python -I -m flux_quant.benchmarks.conversion build/flux1-random.safetensors [MORE...] [--save]
 
 Every conversion is a process of its own; its memory is the largest resident size, mapped pages of the input included,
 less that of a process that has only imported the converters. Between runs the file is read once, so that each finds
@@ -14,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from flux_quant.benchmarks.machine import write_result
 
@@ -35,7 +38,8 @@ start = time.perf_counter()
 out = {"baseline_kb": baseline}
 if sys.argv[3] != "nothing":
     result = run(make_plan(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], force=True)))
-    out |= {"bytes": result.file_bytes, "snr_db": round(result.total.deviation.snr, 2)}
+    snr = result.total.deviation.snr
+    out |= {"bytes": result.file_bytes, "snr_db": round(snr, 2) if snr < 999 else None}
 out |= {"seconds": time.perf_counter() - start, "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 print(json.dumps(out))
 """
@@ -65,22 +69,16 @@ def convert(source: Path, target: Path, format_name: str, threads: int) -> dict[
     return json.loads(done.stdout)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--formats", nargs="+", default=["q8_0", "fp8", "q4_k_s"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.source.parent) as folder:
-        seconds = copy_seconds(args.source, Path(folder))
-        nbytes = args.source.stat().st_size
-        print(f"cp: {seconds:.1f} s, {nbytes / seconds / 1e9:.2f} GB/s", flush=True)
+def measure(source: Path, formats: Iterable[str], threads: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        seconds = copy_seconds(source, Path(folder))
+        nbytes = source.stat().st_size
+        print(f"{source.name}, cp: {seconds:.1f} s, {nbytes / seconds / 1e9:.2f} GB/s", flush=True)
         rows = []
-        for name in args.formats:
+        for name in formats:
             target = Path(folder) / f"out{SUFFIXES.get(name, '.gguf')}"
-            read_through(args.source)
-            found = convert(args.source, target, name, args.threads)
+            read_through(source)
+            found = convert(source, target, name, threads)
             target.unlink()
             row = {
                 "format": name,
@@ -92,9 +90,20 @@ def main() -> int:
             }
             rows.append(row)
             print(row, flush=True)
+    return {"bytes": nbytes, "cp_seconds": round(seconds, 1), "results": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", type=Path, nargs="+")
+    parser.add_argument("--formats", nargs="+", default=["q8_0", "fp8", "q4_k_s"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    measured = [measure(source, args.formats, args.threads) for source in args.sources]
     if args.save:
-        result = {"source_bytes": nbytes, "threads": args.threads, "cp_seconds": round(seconds, 1), "results": rows}
-        print(f"wrote {write_result('conversion', result)}")
+        torch.set_num_threads(args.threads)  # what the fingerprint says
+        print(f"wrote {write_result('conversion', {'threads': args.threads, 'sources': measured})}")
     return 0
 
 

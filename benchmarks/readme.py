@@ -13,6 +13,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from flux_quant.benchmarks.make_full_size import infos
+from flux_quant.converters.mixes import BASES
+from flux_quant.converters.recipe import build
+from flux_quant.formats import FORMATS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
@@ -56,9 +61,67 @@ def tiny_table(results: dict) -> str:
     return "\n".join(["| figure | measured |", "|---|---:|", *lines])
 
 
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name -> result file, table
+ADVICE = {  # recipe -> who takes it
+    "q8_0": "as good as BF16",
+    "q6_k": "10 to 12 GB",
+    "q5_k_m": "",
+    "q5_k_s": "10 GB",
+    "q4_k_m": "",
+    "q4_k_s": "8 GB; the best of its size",
+    "iq4_xs": "a little smaller, a little worse",
+    "q3_k_m": "6 GB",
+    "q2_k": "if nothing else fits",
+    "q5_1": "old readers",
+    "q5_0": "old readers",
+    "q4_1": "old readers",
+    "q4_0": "old readers",
+}
+
+
+def formats_table(results: dict) -> str:
+    """Errors on the bundled model's weights; bytes of FLUX.1 [dev] by its shapes."""
+    measured = {row["type"]: row for row in results["results"] if row["family"] == "trained"}
+    lines = [
+        "| recipe | FLUX.1 [dev] | error | ggml's, plain / weighted | Mweights/s | times ggml's speed | for |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, advice in ADVICE.items():
+        row = measured[BASES[name]]
+        errors = f"{row['ggml_plain_error']:.2f} / {row['ggml_weighted_error']:.2f} %"
+        ours, plain, weighted = (row[f"{who}_mweights"] for who in ("ours", "ggml_plain", "ggml_weighted"))
+        speed = f"{ours / plain:.1f} plain, {ours / weighted:.0f} weighted"
+        cells = [name, f"{flux_bytes(name) / 1e9:.2f} GB", f"{row['ours_error']:.2f} %", errors, f"{ours:.0f}", speed]
+        lines.append("| " + " | ".join([*cells, advice]) + " |")
+    machine = results["machine"]
+    place = f"{results['threads']} threads of {machine['processor']}, {machine['date'][:10]}"
+    return "\n".join([*lines, "", f"Bulk of the weights, {place}. Mixes: the error of most of their tensors."])
+
+
+def flux_bytes(recipe: str) -> int:
+    """Data of FLUX.1 [dev] in a GGUF."""
+    tensors = infos(1.0)
+    chooser = build(recipe, "FLUX.1", ".gguf", [info.name for info in tensors])
+    chosen = [(chooser.choose(info.name, info.shape, "bf16", lambda: True)[0], info.shape) for info in tensors]
+    return sum(FORMATS[name].nbytes(shape) for name, shape in chosen)
+
+
+def conversion_table(results: dict) -> str:
+    sizes = [f"{source['bytes'] / 1e9:.1f} GB" for source in results["sources"]]
+    lines = ["| format | " + " | ".join(f"{size}: seconds | times `cp` | memory" for size in sizes) + " |"]
+    lines.append("|---|" + "---:|---:|---:|" * len(sizes))
+    for rows in zip(*(source["results"] for source in results["sources"]), strict=True):
+        cells = [f"{row['seconds']:.0f} | {row['times_cp']:.2f} | {row['memory_gb']:.2f} GB" for row in rows]
+        lines.append(f"| {rows[0]['format']} | " + " | ".join(cells) + " |")
+    copies = " and ".join(f"{source['cp_seconds']:.0f} s" for source in results["sources"])
+    place = f"{results['threads']} threads of {results['machine']['processor']}"
+    return "\n".join([*lines, "", f"`cp` took {copies}; {place}, {results['machine']['date'][:10]}."])
+
+
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name -> result files (glob), table
     "demo": ("demo.json", demo_table),
     "tiny_flux": ("tiny_flux.json", tiny_table),
+    "formats": ("quantizers-cpu-*.json", formats_table),
+    "conversion": ("conversion-cpu-*.json", conversion_table),
 }
 
 
@@ -68,10 +131,15 @@ def filled(text: str) -> str:
     def fill(found: re.Match) -> str:
         if found[1] not in TABLES:
             raise ValueError(f"README.md asks for the table {found[1]}, there are {', '.join(TABLES)}")
-        file, table = TABLES[found[1]]
-        return f"<!-- table: {found[1]} -->\n{table(json.loads((RESULTS / file).read_text()))}\n<!-- end -->"
+        pattern, table = TABLES[found[1]]
+        newest = max(map(json.loads, (path.read_text() for path in RESULTS.glob(pattern))), key=date_of)
+        return f"<!-- table: {found[1]} -->\n{table(newest)}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def date_of(result: dict) -> str:
+    return result.get("machine", {}).get("date", "")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import flux_quant
@@ -118,11 +119,20 @@ def make_plan(asked: Conversion) -> Plan:
 
 
 def check_place(asked: Conversion) -> None:
+    check_device(asked.device)
     if asked.folder:
         check_folder_target(asked.target, asked.force)
     else:
         container_for(asked.target)
         check_target(asked.target, asked.force)
+
+
+def check_device(name: str) -> None:
+    """UserError if nothing can be computed there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
 
 
 def choose(found: Sequence[Component], asked: Conversion, what: str) -> list[Component]:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby
 from math import isfinite, isinf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,9 +123,7 @@ def print_plan(plan: Plan) -> None:
         nbytes = sum(row.packed.nbytes for row in rows)
         out.add_row(label, str(len(rows)), shape, first.source.format, first.format, size(nbytes))
     console.print(out)
-    for reason, rows in reasons(plan.rows):
-        names = ", ".join(row.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
-        console.print(f"{len(rows)} of another format than asked for ({names}): {reason}", soft_wrap=True)
+    print_exceptions(console, plan.rows)
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{len(plan.rows)} tensors, {size(plan.nbytes)} ({plan.nbytes:,} bytes of data); nothing was written")
@@ -144,9 +141,12 @@ def together(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     return ((name, group) for (name, *_), group in groups.items())
 
 
-def reasons(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    exceptions = sorted((row for row in rows if row.reason), key=lambda row: row.reason)
-    return [(reason, list(group)) for reason, group in groupby(exceptions, key=lambda row: row.reason)]
+def print_exceptions(console: Console, rows: Iterable[Row]) -> None:
+    """Every tensor that could not take the format it was to get, what it got, and why."""
+    for label, alike_rows in together(row for row in rows if row.reason):
+        first = alike_rows[0]
+        count = f"{len(alike_rows)} x " if len(alike_rows) > 1 else ""
+        console.print(f"{count}{label}: {first.format}, because {first.reason}", soft_wrap=True)
 
 
 def print_result(result: Result) -> None:
@@ -164,9 +164,7 @@ def print_result(result: Result) -> None:
     )
     if result.resumed:
         console.print(f"{result.resumed:,} tensors had been finished by an interrupted run")
-    for reason, rows in reasons(result.exceptions):
-        names = ", ".join(row.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
-        console.print(f"{len(rows)} of another format than asked for ({names}): {reason}", soft_wrap=True)
+    print_exceptions(console, result.exceptions)
 
 
 def usage_cells(usage: Usage) -> list[str]:

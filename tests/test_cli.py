@@ -203,6 +203,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # command, p
     "unknown search": (CONVERT + " --search slow", nothing, "choose full or none"),
     "two ways to split": (CONVERT + " --shard-size 1MB --shard-by block", nothing, "exclude each other"),
     "no size": (CONVERT + " --shard-size big", nothing, "big is no size"),
+    "unknown device": (CONVERT + " --device abacus", nothing, "device abacus"),
     "unknown component": (CONVERT + " --components vae", nothing, "holds no vae"),
     "nothing to split": (
         "split a.txt -o parts",
