@@ -114,7 +114,9 @@ def test_fp8_as_comfyui_reads_it(tmp_path, tiny_flux, tiny_flux_file):
             assert torch.equal(stored[name], original)
 
 
-@pytest.mark.parametrize("format_name", ["q8_0", "q4_1", "bf16"])
+@pytest.mark.parametrize(
+    "format_name", ["q8_0", "q4_1", "bf16", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"]
+)
 def test_diffusers_reads_the_gguf(tmp_path, tiny_flux_file, format_name):
     """Its loader and its dequantizer. (The whole model from a GGUF needs FLUX.1's width there: it is hard-coded.)"""
     utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
