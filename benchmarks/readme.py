@@ -62,19 +62,19 @@ def tiny_table(results: dict) -> str:
 
 
 ADVICE = {  # recipe -> who takes it
-    "q8_0": "as good as BF16",
-    "q6_k": "10 to 12 GB",
+    "q8_0": "hardly to be told from BF16",
+    "q6_k": "",
     "q5_k_m": "",
-    "q5_k_s": "10 GB",
+    "q5_k_s": "",
     "q4_k_m": "",
-    "q4_k_s": "8 GB; the best of its size",
+    "q4_k_s": "the best of its size",
     "iq4_xs": "a little smaller, a little worse",
-    "q3_k_m": "6 GB",
+    "q3_k_m": "",
     "q2_k": "if nothing else fits",
-    "q5_1": "old readers",
-    "q5_0": "old readers",
-    "q4_1": "old readers",
-    "q4_0": "old readers",
+    "q5_1": "for readers without K-quants, as those below",
+    "q5_0": "",
+    "q4_1": "",
+    "q4_0": "",
 }
 
 
@@ -82,7 +82,7 @@ def formats_table(results: dict) -> str:
     """Errors on the bundled model's weights; bytes of FLUX.1 [dev] by its shapes."""
     measured = {row["type"]: row for row in results["results"] if row["family"] == "trained"}
     lines = [
-        "| recipe | FLUX.1 [dev] | error | ggml's, plain / weighted | Mweights/s | times ggml's speed | for |",
+        "| recipe | FLUX.1 [dev] | error | ggml's, plain / weighted | Mweights/s | times ggml's speed | |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for name, advice in ADVICE.items():
@@ -93,7 +93,7 @@ def formats_table(results: dict) -> str:
         cells = [name, f"{flux_bytes(name) / 1e9:.2f} GB", f"{row['ours_error']:.2f} %", errors, f"{ours:.0f}", speed]
         lines.append("| " + " | ".join([*cells, advice]) + " |")
     machine = results["machine"]
-    place = f"{results['threads']} threads of {machine['processor']}, {machine['date'][:10]}"
+    place = f"threads: {results['threads']}, {machine['processor']}, {machine['date'][:10]}"
     return "\n".join([*lines, "", f"Bulk of the weights, {place}. Mixes: the error of most of their tensors."])
 
 

@@ -24,8 +24,9 @@ from flux_quant.codecs.search import SEARCHES, Affine, Search, Symmetric, row_ro
 from flux_quant.formats import FORMATS
 
 LANES = 16  # groups that a loop works on side by side
-TASK = 1 << 17  # weights that a thread takes at a time
-SLICE = 8 * TASK  # weights per thread between the choice and the bytes: what is chosen is still in the cache
+TASK = 1 << 17  # weights per sum of squares
+SLICE = 16 * TASK  # weights that a thread takes at a time: many enough that the interpreter's share is small
+COUNTED, MOST_SHARES = 1 << 20, 64  # pairs of weights per histogram at least, histograms at most
 PLAIN = {"q8_0": (0, 127, 127), "q5_1": (2, 31, 31), "q5_0": (1, -16, 31), "q4_1": (2, 15, 15), "q4_0": (1, -8, 15)}
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in `cpu_batch.read`
 
@@ -55,12 +56,12 @@ def quantize(
         fmt = FORMATS[format_name]
         data = torch.empty(weight.numel() // fmt.block, fmt.nbytes((1, fmt.block)), dtype=torch.uint8)
         if format_name in SEARCHES and (search or format_name not in PLAIN):
-            work = searching(format_name, weight, importance, data, spread)
+            work = searching(format_name, weight, importance, data)
         else:
-            work = rounding(format_name, weight, data, spread)
-        size = SLICE * torch.get_num_threads()
+            work = rounding(format_name, weight, data)
+        starts, count = range(0, weight.numel(), SLICE), weight.numel()
         sums = [
-            pair for first in range(0, weight.numel(), size) for pair in work(first, min(size, weight.numel() - first))
+            pair for pairs in spread(lambda first: work(first, min(SLICE, count - first)), starts) for pair in pairs
         ]
     signal, noise = (fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
     return (data.view(fmt.parts[0].shape(tuple(weight.shape))),), signal, noise
@@ -69,7 +70,7 @@ def quantize(
 Work = Callable[[int, int], list[Sums]]  # first weight, how many -> sums of squares of weight and error, per task
 
 
-def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor, spread: Spread) -> Work:
+def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), by `codecs.search`."""
     search, fmt = SEARCHES[name], FORMATS[name]
     groups, columns = fmt.block // search.group, weight.shape[-1]
@@ -94,7 +95,7 @@ def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor
             room = None if importance is None else np.empty(LANES * search.group, np.float32)
             return kernel(source, batches, shape, room, *weights, *rule, out)
 
-        sums = list(spread(run, tasks(count, LANES * search.group)))
+        sums = [run(batches) for batches in tasks(count, LANES * search.group)]
         data[start // fmt.block :][:blocks] = fmt.store(Choice(codes, d, m, scales, mins))
         return sums
 
@@ -112,7 +113,7 @@ def kernel_of(search: Search, weighted: bool) -> tuple[Callable, tuple[object, .
     return compiled("cpu_centred", "centred"), (np.float32(trials), integers, *bounds)
 
 
-def rounding(name: str, weight: Tensor, data: Tensor, spread: Spread) -> Work:
+def rounding(name: str, weight: Tensor, data: Tensor) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), as ggml's reference does."""
     fmt = FORMATS[name]
     rule, divisor, top = PLAIN[name]
@@ -128,7 +129,7 @@ def rounding(name: str, weight: Tensor, data: Tensor, spread: Spread) -> Work:
         def run(batches: tuple[int, int]) -> Sums:
             return kernel(source, batches, start, count, rule, np.float32(divisor), np.float32(top), out)
 
-        sums = list(spread(run, tasks(count, LANES * block)))
+        sums = [run(batches) for batches in tasks(count, LANES * block)]
         if fmt.store is None:
             rows[:, :2] = half_bytes(d)
         else:
@@ -177,7 +178,7 @@ def count_and_look_up(weight: Tensor, table: Tensor, codes: Tensor, spread: Spre
     """codes = table of the bits of weight; how often each of the 65536 values occurs."""
     kernel, halves = compiled("cpu_fp8", "look_up"), halves_of(weight)
     table, codes = (part.view(torch.uint8).numpy() for part in (table, codes))
-    share = -(-len(halves) // torch.get_num_threads())
+    share = max(COUNTED, -(-len(halves) // MOST_SHARES))
 
     def run(first: int) -> np.ndarray:
         counts = np.zeros((4, 1 << 16), np.uint32)
@@ -190,13 +191,21 @@ def count_and_look_up(weight: Tensor, table: Tensor, codes: Tensor, spread: Spre
 
 @contextmanager
 def threads_for(weights: int) -> Iterator[Spread]:
-    """A `map` by as many threads as torch uses and the work is worth."""
-    threads = min(torch.get_num_threads(), -(-weights // TASK))
+    """A `map` by as many threads as torch uses and the work is worth.
+
+    Meanwhile torch itself uses one: its idle threads would wait in a loop, on the cores that ours need.
+    """
+    own = torch.get_num_threads()
+    threads = min(own, -(-weights // SLICE))
     if threads <= 1:
         yield map
         return
-    with ThreadPoolExecutor(threads) as pool:
-        yield pool.map
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(own)
 
 
 def tasks(count: int, batch: int) -> Iterable[tuple[int, int]]:

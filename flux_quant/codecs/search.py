@@ -7,8 +7,8 @@ most when they were added one after the other, over Gaussian, Student-t, Laplace
 integer scale of a group with its neighbours, the minimum for that scale, and `d` and `dmin` once more by least squares
 over the super-block.
 
-`kernels.cpu_quantize` does the same in loops. Blocks are scaled by a power of two first, so that squares neither overflow
-nor vanish.
+`kernels.cpu_quantize` does the same in loops. Blocks are scaled by a power of two first, so that squares neither
+overflow nor vanish.
 """
 
 from dataclasses import dataclass
