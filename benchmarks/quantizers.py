@@ -118,14 +118,15 @@ def results(rows: int, columns: int, threads: int, clock: str, runs: int) -> Ite
 
 def table_of(rows: list[dict[str, object]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("type", "family", "ours %", "ggml plain %", "weighted %", "Mw/s", "MB/s", "ggml plain", "weighted"):
+    speeds = ("Mw/s", "MB/s", "plain MB/s", "weighted MB/s")
+    for column in ("type", "family", "ours %", "ggml plain %", "weighted %", *speeds):
         table.add_column(column, justify="left" if column in ("type", "family") else "right")
     for column in ("x plain", "x weighted"):
         table.add_column(column, justify="right")
     for row in rows:
         errors = [f"{row[f'{who}_error']:.3f}" for who in ("ours", "ggml_plain", "ggml_weighted")]
         ours, plain, weighted = (row[f"{who}_mweights"] for who in ("ours", "ggml_plain", "ggml_weighted"))
-        speeds = [f"{ours:.0f}", f"{2 * ours:.0f}", f"{plain:.1f}", f"{weighted:.1f}"]
+        speeds = [f"{ours:.0f}", *(f"{2 * speed:.0f}" for speed in (ours, plain, weighted))]  # of BF16
         table.add_row(row["type"], row["family"], *errors, *speeds, f"{ours / plain:.1f}", f"{ours / weighted:.1f}")
     return table
 
