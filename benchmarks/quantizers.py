@@ -4,15 +4,16 @@
 
 Errors are relative RMSE in percent, unpacked by ggml: its plain path (no weights), its weighted search with weights of
 one, ours. Speeds are millions of weights per second on the same threads, and MB/s of BF16 that we read, input in the
-cache or not as it comes. Both quantize from what they take: ggml float32, ours BF16. `--clock cpu` counts the
-processor time of one thread instead, for machines that do other work at the same time.
+cache or not as it comes. Both quantize from what they take: ggml float32, ours BF16. The process keeps to as many cores
+as threads are asked for, which holds for ggml's own threads too. `--clock cpu` counts the processor time of one thread
+instead, for machines that do other work at the same time.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,15 @@ def trained(rows: int, columns: int) -> Tensor:
 
 
 class Ggml:
-    """libgguf: ggml's quantizers, rows shared out to threads; each call of the library runs on one."""
+    """libgguf: ggml's quantizers. The library shares rows out to threads of its own, on the cores that it may use."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
         import libgguf
 
-        self.library, self.threads = libgguf, threads
-        self.pool = ThreadPoolExecutor(threads)
+        self.library = libgguf
 
     def quantize(self, name: str, weight: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        kind = self.library.GGMLQuantizationType[name.upper()]
-        pieces = np.array_split(weight, self.threads)
-        return np.concatenate(
-            list(self.pool.map(lambda rows: self.library.quantize_rows(rows, kind, importance), pieces))
-        )
+        return self.library.quantize_rows(weight, self.library.GGMLQuantizationType[name.upper()], importance)
 
     def dequantize(self, name: str, data: np.ndarray) -> Tensor:
         kind = self.library.GGMLQuantizationType[name.upper()]
@@ -108,7 +104,7 @@ def measure(name: str, weight: Tensor, ggml: Ggml, clock: Callable[[], float], r
 
 def results(rows: int, columns: int, threads: int, clock: str, runs: int) -> Iterator[dict[str, object]]:
     torch.set_num_threads(threads)
-    ggml = Ggml(threads)
+    ggml = Ggml()
     weights = families(rows, columns)
     for name in TYPES:
         cpu_quantize.quantize(name, next(iter(weights.values()))[:1])  # compiled before it is timed
@@ -131,6 +127,15 @@ def table_of(rows: list[dict[str, object]], title: str) -> Table:
     return table
 
 
+def keep_to(cores: int) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        raise SystemExit("this system does not bind processes to cores: ggml would use all of them")
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) < cores:
+        raise SystemExit(f"{cores} threads are asked for, there are {len(mine)} cores")
+    os.sched_setaffinity(0, mine[:cores])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=512)
@@ -142,6 +147,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.clock == "cpu" and args.threads > 1:
         parser.error("processor time is compared on one thread")
+    keep_to(args.threads)
     options = {"rows": args.rows, "columns": args.columns, "threads": args.threads, "clock": args.clock}
     rows = list(results(**options, runs=args.runs))
     title = f"weights {args.rows} x {args.columns}, {args.threads} threads, {args.clock} clock, {device_name()}"
