@@ -21,11 +21,12 @@ from torch import Tensor
 from flux_quant.codecs import fp8
 from flux_quant.codecs.choice import Choice, half_bytes
 from flux_quant.codecs.search import SEARCHES, Affine, Search, Symmetric, row_roots, settled
-from flux_quant.formats import FORMATS
+from flux_quant.formats import FORMATS, QuantFormat
 
 LANES = 16  # groups that a loop works on side by side
 TASK = 1 << 17  # weights per sum of squares
 SLICE = 16 * TASK  # weights that a thread takes at a time: many enough that the interpreter's share is small
+STORED = 1 << 19  # weights whose bytes a single thread puts together at a time
 COUNTED, MOST_SHARES = 1 << 20, 64  # pairs of weights per histogram at least, histograms at most
 PLAIN = {"q8_0": (0, 127, 127), "q5_1": (2, 31, 31), "q5_0": (1, -16, 31), "q4_1": (2, 15, 15), "q4_0": (1, -8, 15)}
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in `cpu_batch.read`
@@ -53,12 +54,12 @@ def quantize(
     with threads_for(weight.numel()) as spread:
         if format_name not in SEARCHES and format_name not in PLAIN:
             return quantize_fp8(format_name, weight, spread)
-        fmt = FORMATS[format_name]
+        fmt, piece = FORMATS[format_name], STORED if spread is map else SLICE
         data = torch.empty(weight.numel() // fmt.block, fmt.nbytes((1, fmt.block)), dtype=torch.uint8)
         if format_name in SEARCHES and (search or format_name not in PLAIN):
-            work = searching(format_name, weight, importance, data)
+            work = searching(format_name, weight, importance, data, piece)
         else:
-            work = rounding(format_name, weight, data)
+            work = rounding(format_name, weight, data, piece)
         starts, count = range(0, weight.numel(), SLICE), weight.numel()
         sums = [
             pair for pairs in spread(lambda first: work(first, min(SLICE, count - first)), starts) for pair in pairs
@@ -70,7 +71,7 @@ def quantize(
 Work = Callable[[int, int], list[Sums]]  # first weight, how many -> sums of squares of weight and error, per task
 
 
-def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor) -> Work:
+def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor, piece: int) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), by `codecs.search`."""
     search, fmt = SEARCHES[name], FORMATS[name]
     groups, columns = fmt.block // search.group, weight.shape[-1]
@@ -96,7 +97,7 @@ def searching(name: str, weight: Tensor, importance: Tensor | None, data: Tensor
             return kernel(source, batches, shape, room, *weights, *rule, out)
 
         sums = [run(batches) for batches in tasks(count, LANES * search.group)]
-        data[start // fmt.block :][:blocks] = fmt.store(Choice(codes, d, m, scales, mins))
+        store(fmt, Choice(codes, d, m, scales, mins), data[start // fmt.block :][:blocks], piece)
         return sums
 
     return work
@@ -113,7 +114,7 @@ def kernel_of(search: Search, weighted: bool) -> tuple[Callable, tuple[object, .
     return compiled("cpu_centred", "centred"), (np.float32(trials), integers, *bounds)
 
 
-def rounding(name: str, weight: Tensor, data: Tensor) -> Work:
+def rounding(name: str, weight: Tensor, data: Tensor, piece: int) -> Work:
     """What packs a slice of the weight into its rows of `data` (blocks, bytes), as ggml's reference does."""
     fmt = FORMATS[name]
     rule, divisor, top = PLAIN[name]
@@ -133,10 +134,22 @@ def rounding(name: str, weight: Tensor, data: Tensor) -> Work:
         if fmt.store is None:
             rows[:, :2] = half_bytes(d)
         else:
-            rows.copy_(fmt.store(Choice(codes, d, m)))
+            store(fmt, Choice(codes, d, m), rows, piece)
         return sums
 
     return work
+
+
+def store(fmt: QuantFormat, choice: Choice, out: Tensor, piece: int) -> None:
+    """The bytes of a choice, so many weights at a time.
+
+    Torch passes over them a dozen times: in small pieces they stay in the cache, but more calls hold the interpreter's
+    lock, which costs several threads more than that gains.
+    """
+    step = piece // fmt.block
+    for first in range(0, len(out), step):
+        rows = slice(first, first + step)
+        out[rows] = fmt.store(Choice(*(None if part is None else part[rows] for part in choice)))
 
 
 def quantize_fp8(name: str, weight: Tensor, spread: Spread) -> tuple[Parts, float, float]:
