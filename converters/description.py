@@ -30,9 +30,8 @@ def metadata_for(component: Component, recipe: Recipe, asked: Conversion, rows: 
         if key.startswith("modelspec.") and key != "modelspec.thumbnail"  # a picture, tens of kilobytes
     }
     if asked.suffix != GGUF:
-        return (kept_metadata(component) if component.container == "safetensors" else description) | history(
-            asked, rows
-        )
+        kept = kept_metadata(component) if component.container == "safetensors" else description
+        return kept | history(asked, rows)
     family = component.family.name
     out = gguf_io.model_metadata(TARGETS[family].architecture, recipe.name, recipe.format)
     if family == "T5 encoder":
@@ -71,7 +70,8 @@ def options_for(asked: Conversion, rows: Sequence[Row]) -> dict[str, object]:
     scales = {piece.name: known[row.name] for row in quantized if row.name in known for piece in row.pieces}
     if asked.calibration and not scales:
         raise UserError(f"{asked.calibration} has no entry for any of the {len(quantized)} FP8 weights")
-    return {"fp8_form": Fp8Form(asked.legacy_fp8, scales)}
+    roots = dict.fromkeys(piece.name.removesuffix(row.name) for row in quantized for piece in row.pieces)
+    return {"fp8_form": Fp8Form(asked.legacy_fp8, scales, tuple(roots))}
 
 
 def requantized(rows: Sequence[Row]) -> list[str]:

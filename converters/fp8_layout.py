@@ -28,10 +28,14 @@ INPUT_SCALES = ("input_scale", "scale_input")  # for activations: of no meaning 
 
 @dataclass(frozen=True)
 class Fp8Form:
-    """How scaled FP8 weights are written. `input_scales`: weight name -> activation = FP8 value * scale."""
+    """How scaled FP8 weights are written. `input_scales`: weight name -> activation = FP8 value * scale.
+
+    `roots`: the prefixes of the models in an all-in-one file; each has a legacy marker of its own.
+    """
 
     legacy: bool = False
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    roots: tuple[str, ...] = ("",)
 
     @property
     def scale(self) -> str:
@@ -51,7 +55,7 @@ class Fp8Form:
                 out[module + MARKER] = torch.uint8, (len(MARKER_CONTENT),), MARKER_CONTENT
         if self.legacy and weights:
             count = 0 if self.input_scales else 2
-            out[LEGACY_MARKER] = torch.float8_e4m3fn, (count,), bytes(count)
+            out |= {root + LEGACY_MARKER: (torch.float8_e4m3fn, (count,), bytes(count)) for root in self.roots}
         return out
 
     def metadata(self, weights: Iterable[str]) -> dict[str, str]:

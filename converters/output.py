@@ -20,6 +20,7 @@ except ImportError:  # Windows, where an open file cannot be replaced anyway
     fcntl = None
 
 
+FINGERPRINT = ".fingerprint"  # in a folder that is not complete: which work it belongs to
 MODEL_FOLDER_MARKS = ("config.json", "model_index.json")
 
 
@@ -199,9 +200,12 @@ class OutputFolder:
         self.staging = staging_folder(path)
 
     def __enter__(self) -> "OutputFolder":
-        if not self.fingerprint:
+        mark = self.staging / FINGERPRINT
+        if not self.fingerprint or not mark.exists() or mark.read_text(encoding="utf-8") != self.fingerprint:
             shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(exist_ok=True)
+        if self.fingerprint:
+            mark.write_text(self.fingerprint, encoding="utf-8")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -209,6 +213,7 @@ class OutputFolder:
             if not self.fingerprint or isinstance(error, UserError):
                 shutil.rmtree(self.staging, ignore_errors=True)
             return
+        (self.staging / FINGERPRINT).unlink(missing_ok=True)
         old = self.target.with_name(f".{self.target.name}.old")
         if self.target.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 import flux_quant
 from flux_quant import arch
 from flux_quant.arch import FluxConfig
-from flux_quant.converters import library_folder
+from flux_quant.converters import folders, library_folder
 from flux_quant.converters.checkpoint import container_for, open_checkpoint
 from flux_quant.converters.component import Component, components, describe
 from flux_quant.converters.container import TensorInfo
@@ -76,7 +76,7 @@ class Plan:
             return ""
         paths = [self.source, *(path for path, _ in self.asked.loras)]
         paths += [path for path in (self.asked.imatrix, self.asked.calibration) if path]
-        files = [(str(path.resolve()), *identity(path)) for path in paths]
+        files = [(str(path.resolve()), identity(path)) for path in paths]
         targets = [(info.name, info.shape, info.format) for info in self.infos]
         choices = [
             self.asked.search,
@@ -88,11 +88,10 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity(path: Path) -> tuple[int, int]:
-    """Bytes and time of the last change; of a folder, those of all files in it."""
-    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    states = [file.stat() for file in files]
-    return sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)
+def identity(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of every file of a source."""
+    files = [file for _, file in folders.resolve(path).files]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def make_plan(asked: Conversion) -> Plan:

@@ -34,6 +34,35 @@ Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="whe
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="model folder [default: the bundled model]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="processor threads [default: all cores]")]
 
+# Of `convert`.
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="GLOB=FORMAT", help="another format for some tensors; repeatable"),
+]
+Keeps = Annotated[
+    list[str] | None, typer.Option("--keep", metavar="GLOB", help="tensors that keep their own format; repeatable")
+]
+RecipeFile = Annotated[Path | None, typer.Option(metavar="FILE", help="lines GLOB=FORMAT, after --set and --keep")]
+Components = Annotated[
+    str | None, typer.Option(metavar="LIST", help="which models of SRC: transformer,t5,clip,vae,...")
+]
+Loras = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="fuse a LoRA first; repeatable")
+]
+SearchMode = Annotated[str, typer.Option(help="of scales: full, or none for the bytes of ggml's plain reference")]
+Imatrix = Annotated[Path | None, typer.Option(metavar="FILE", help="importance of input columns")]
+Calibration = Annotated[Path | None, typer.Option(metavar="FILE", help="of `calibrate`: scales for FP8 activations")]
+Legacy = Annotated[bool, typer.Option("--legacy", help="FP8 in the form of 2024, for Forge")]
+AsFolder = Annotated[bool, typer.Option("--diffusers", help="DST is a folder as diffusers writes it")]
+ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="several files of at most 2GB, 500MB ...")]
+ShardBy = Annotated[str | None, typer.Option(metavar="block", help="one file per block")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="spiece.model for a T5 as GGUF [default: beside SRC]")
+]
+QuantizeOn = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... that quantizes")]
+Resume = Annotated[bool, typer.Option("--resume", help="keep what is finished if interrupted, and go on with it")]
+Checksums = Annotated[bool, typer.Option("--checksums", help="record the SHA-256 of every tensor")]
+
 
 @app.callback()
 def verbs() -> None:
@@ -68,43 +97,22 @@ def convert(
     format_name: FormatName,
     dry_run: DryRun = False,
     force: Force = False,
-    own_rows: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="GLOB=FORMAT", help="another format for some tensors; repeatable"),
-    ] = None,
-    keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="GLOB", help="tensors that keep their own format; repeatable")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="lines GLOB=FORMAT, after --set and --keep")
-    ] = None,
-    components: Annotated[
-        str | None, typer.Option(metavar="LIST", help="which models of SRC: transformer,t5,clip,vae,...")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="fuse a LoRA first; repeatable")
-    ] = None,
-    search: Annotated[
-        str, typer.Option(help="of scales: full, or none for the bytes of ggml's plain reference")
-    ] = "full",
-    imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance of input columns")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="of `calibrate`: scales for FP8 activations")
-    ] = None,
-    legacy: Annotated[bool, typer.Option("--legacy", help="FP8 in the form of 2024, for Forge")] = False,
-    diffusers: Annotated[bool, typer.Option("--diffusers", help="DST is a folder as diffusers writes it")] = False,
-    shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="several files of at most 2GB, 500MB ...")
-    ] = None,
-    shard_by: Annotated[str | None, typer.Option(metavar="block", help="one file per block")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="spiece.model for a T5 as GGUF [default: beside SRC]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... that quantizes")] = "cpu",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="keep what is finished if interrupted, and go on with it")
-    ] = False,
-    checksums: Annotated[bool, typer.Option("--checksums", help="record the SHA-256 of every tensor")] = False,
+    own_rows: Sets = None,
+    keep: Keeps = None,
+    recipe: RecipeFile = None,
+    components: Components = None,
+    lora: Loras = None,
+    search: SearchMode = "full",
+    imatrix: Imatrix = None,
+    calibration: Calibration = None,
+    legacy: Legacy = False,
+    diffusers: AsFolder = False,
+    shard_size: ShardSize = None,
+    shard_by: ShardBy = None,
+    tokenizer: Tokenizer = None,
+    device: QuantizeOn = "cpu",
+    resume: Resume = False,
+    checksums: Checksums = False,
     threads: Threads = None,
 ) -> None:
     """Convert a model to GGUF, FP8 or 16 bits, a few tensors in memory at a time."""
