@@ -12,6 +12,9 @@ from torch import Tensor
 
 from flux_quant.arch import BLOCK, KEY_MAP
 
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, on CPU tensors; read when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 HIDDEN, HEAD, MLP, PATCH, CONTEXT, POOLED, TIME = 256, 128, 1024, 64, 96, 64, 256
 WEIGHTS = {  # shape of a weight by the end of its BFL module name
     "img_in": (HIDDEN, PATCH),
@@ -71,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> str:
+    """Where tests launch Triton's kernels: "cuda", or "cpu" in the interpreter. Skips without triton."""
+    pytest.importorskip("triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
