@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where PyTorch publishes its builds without CUDA.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# The compiler whose output tests/test_kernel_budgets.py holds to account, for Linux machines whose torch brings none.
+TRITON ?= triton==3.6.0
 # Options of the command a target runs, as in `make test ARGS="-k formats"`.
 ARGS ?=
 # Not empty: use the packages of $(PYTHON) as they are and install flux_quant alone, for an image without a network.
@@ -17,7 +19,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP = $(VENV)/installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test check style bench gpu clean
+.PHONY: help demo test check style bench gpu triton clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,7 +28,7 @@ help: ## list the targets
 demo: $(STAMP) ## convert the bundled model to four formats, draw with each, write demo/
 	$(BIN)/flux-quant demo $(ARGS)
 
-test: $(STAMP) ## run the tests; those that need a GPU are skipped without one
+test: $(STAMP) triton ## run the tests; those that need a GPU are skipped without one
 	$(BIN)/pytest $(ARGS)
 
 check: $(STAMP) ## lint and format, changing nothing
@@ -42,6 +44,12 @@ bench: $(STAMP) ## time every format on this machine
 
 gpu: $(STAMP) ## run the GPU suite, write benchmarks/results/; without CUDA an error unless ARGS=--allow-skip
 	$(BIN)/python -I -m flux_quant.benchmarks.gpu $(ARGS)
+
+triton: $(STAMP)
+ifeq ($(PREINSTALLED),)
+	@$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -s)" != Linux || $(PIP) install $(TRITON) || \
+	  echo "$(TRITON) cannot be installed here: tests of the kernels that are written in Triton will be skipped."
+endif
 
 clean: ## remove the virtual environment, caches, demo/ and package builds
 	rm -rf $(VENV) demo dist build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache
