@@ -1,0 +1,346 @@
+"""How each format's bytes become codes, scales and minimums in a Triton kernel: what all our kernels share.
+
+A block is unpacked plane by plane. A plane is what one nibble (or two bits, or whole byte) position of the stored codes
+holds: loading the bytes once gives every plane of them by a shift. Within a plane the elements come in G groups of W
+neighbours that share a scale, so a kernel sees, for T blocks,
+
+    codes (T, G, W) float32, integers; scale (T, G) float32; low (T, G) float32
+    value = scale * codes + low          (`low` only where the layout is `affine`, else it is zero and not to be added)
+
+and group g of plane p starts at element `plane_step * p + outer * (g // inner_groups) + inner * (g % inner_groups)` of
+the block. Values are those of `codecs`, bit for bit in float32, if the compiler does not contract a * b + c.
+
+Two byte orders: native blocks, as in a file, and `planar` rows (see `flux_quant.codecs.planar`), in which the fields of
+all blocks of a row lie together, the largest first, so that codes can be loaded 16 bytes at a time whatever the size of
+a block. `WIDE` says that four-byte fields are aligned to four bytes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a format's planes; `unpack` is the device function, see `q8_0` for its arguments."""
+
+    unpack: triton.runtime.JITFunction
+    block: int  # elements
+    nbytes: int  # of a block
+    planes: int
+    groups: int  # of a plane
+    width: int  # of a group
+    affine: bool = False
+    plane_step: int = 0
+    outer: int = 0
+    inner: int = 0
+    inner_groups: int = 1
+    words: bool = False  # four-byte fields of native blocks are aligned: so is the length of a block
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of `columns` weights in a layout: what a kernel takes as one constant."""
+
+    name: str
+    columns: int
+    planar: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.name]
+
+    @property
+    def blocks(self) -> int:
+        return self.columns // self.layout.block
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks * self.layout.nbytes
+
+    @property
+    def planar_blocks(self) -> int:
+        """The PLANAR of the device functions."""
+        return self.blocks if self.planar else 0
+
+    @property
+    def wide(self) -> bool:
+        return self.nbytes % 4 == 0 if self.planar else self.layout.words
+
+    @cached_property
+    def cache_key(self) -> str:
+        """By which Triton tells whether a compiled kernel is still good: everything above and the code of `unpack`."""
+        return f"{self}{self.layout}{self.layout.unpack.cache_key}"
+
+
+@triton.jit
+def first_elements(p: tl.constexpr, R: tl.constexpr):
+    """(G,) the element of a block at which each group of plane p starts."""
+    g = tl.arange(0, R.layout.groups)
+    inside = R.layout.inner * (g % R.layout.inner_groups)
+    return R.layout.plane_step * p + R.layout.outer * (g // R.layout.inner_groups) + inside
+
+
+@triton.jit
+def field(
+    base,
+    block,
+    NATIVE: tl.constexpr,
+    BYTES: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SIZE: tl.constexpr,
+    PLANAR: tl.constexpr,
+):
+    """Pointers (T,) to a field of SIZE bytes: at byte NATIVE of a block of BYTES, or after BEFORE bytes per block."""
+    if PLANAR:
+        return base + (PLANAR * BEFORE + block * SIZE)
+    else:
+        return base + (block * BYTES + NATIVE)
+
+
+@triton.jit
+def bytes_of(pointers, live, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """(T, GROUPS, WIDTH) uint8: the GROUPS * WIDTH bytes from each pointer on."""
+    groups = tl.arange(0, GROUPS)[None, :, None] * WIDTH
+    offsets = groups + tl.arange(0, WIDTH)[None, None, :]
+    return tl.load(pointers[:, None, None] + offsets, mask=live[:, None, None], other=0)
+
+
+@triton.jit
+def half(pointers, live):
+    """(T,) float32 from the float16 at each pointer, which is aligned to two bytes."""
+    return tl.load(pointers.to(tl.pointer_type(tl.float16)), mask=live, other=0).to(tl.float32)
+
+
+@triton.jit
+def word(pointers, live, WIDE: tl.constexpr):
+    """uint32 at each pointer; without WIDE the pointers are aligned to two bytes only."""
+    if WIDE:
+        return tl.load(pointers.to(tl.pointer_type(tl.uint32)), mask=live, other=0)
+    else:
+        halves = pointers.to(tl.pointer_type(tl.uint16))
+        low = tl.load(halves, mask=live, other=0).to(tl.uint32)
+        return low | tl.load(halves + 1, mask=live, other=0).to(tl.uint32) << 16
+
+
+@triton.jit
+def low_half(words):
+    """float32 of the float16 in the low half of uint32."""
+    return (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_half(words):
+    return (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def as_float(codes):
+    """uint8 -> float32."""
+    return codes.to(tl.float32)
+
+
+@triton.jit
+def column(values):
+    """(T,) -> (T, 1)."""
+    return values[:, None]
+
+
+@triton.jit
+def q8_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    """base (T,) pointers to the first byte of a row, block (T,) its number in the row, live (T,) whether to read it,
+    p the plane, PLANAR the blocks of a row, or 0 where blocks are native -> codes, scale, low."""
+    codes = bytes_of(field(base, block, 2, 34, 0, 32, PLANAR), live, 1, 32)
+    d = half(field(base, block, 0, 34, 32, 2, PLANAR), live)
+    return codes.to(tl.int8, bitcast=True).to(tl.float32), column(d), column(d)
+
+
+@triton.jit
+def q4_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    d = half(field(base, block, 0, 18, 16, 2, PLANAR), live)
+    return as_float(codes) - 8, column(d), column(d)
+
+
+@triton.jit
+def q4_1(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 4, 20, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    dm = word(field(base, block, 0, 20, 16, 4, PLANAR), live, WIDE)
+    return as_float(codes), column(low_half(dm)), column(high_half(dm))
+
+
+@triton.jit
+def fifth_bit(words, p: tl.constexpr):
+    """(T, 1, 16) uint8, 16 or 0: bits 16 p to 16 p + 15 of each word (T,), moved to bit 4."""
+    shifts = tl.arange(0, 16)[None, None, :] + 16 * p
+    return ((words[:, None, None] >> shifts & 1) << 4).to(tl.uint8)
+
+
+@triton.jit
+def q5_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 6, 22, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    high = fifth_bit(word(field(base, block, 2, 22, 16, 4, PLANAR), live, WIDE), p)
+    d = half(field(base, block, 0, 22, 20, 2, PLANAR), live)
+    return as_float(codes | high) - 16, column(d), column(d)
+
+
+@triton.jit
+def q5_1(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 8, 24, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    high = fifth_bit(word(field(base, block, 4, 24, 16, 4, PLANAR), live, WIDE), p)
+    dm = word(field(base, block, 0, 24, 20, 4, PLANAR), live, WIDE)
+    return as_float(codes | high), column(low_half(dm)), column(high_half(dm))
+
+
+@triton.jit
+def six_bits(low, four, g):
+    """Number g (0-7) of eight six-bit integers: of the first four the low six bits of the bytes of `low`; of the others
+    four bits in `four` and two at the top of the bytes of `low`. All (T, 1) uint32 but g (1, G)."""
+    shift = (g & 3) * 8
+    late = (four >> shift & 15) | (low >> shift + 6 & 3) << 4
+    return tl.where(g < 4, low >> shift & 63, late).to(tl.float32)
+
+
+@triton.jit
+def scales_and_minimums(base, block, live, BYTES: tl.constexpr, p: tl.constexpr):
+    """scale and low (T, 4) of the groups p, 2 + p, 4 + p, 6 + p of Q4_K and Q5_K, from the block's first 16 bytes."""
+    head = base + block * BYTES
+    dm = word(head, live, True)
+    scales = word(head + 4, live, True)[:, None]
+    mins = word(head + 8, live, True)[:, None]
+    four = word(head + 12, live, True)[:, None]
+    g = tl.arange(0, 4)[None, :] * 2 + p
+    scale = column(low_half(dm)) * six_bits(scales, four, g)
+    return scale, -(column(high_half(dm)) * six_bits(mins, four >> 4, g))
+
+
+@triton.jit
+def q4_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 16, 144, 16, 128, PLANAR), live, 4, 32) >> 4 * p & 15
+    scale, low = scales_and_minimums(base, block, live, 144, p)
+    return as_float(codes), scale, low
+
+
+@triton.jit
+def q5_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 48, 176, 0, 128, PLANAR), live, 4, 32) >> 4 * p & 15
+    high = bytes_of(field(base, block, 16, 176, 0, 32, PLANAR), live, 1, 32)
+    shifts = (tl.arange(0, 4)[None, :, None] * 2 + p).to(tl.uint8)
+    scale, low = scales_and_minimums(base, block, live, 176, p)
+    return as_float(codes | (high >> shifts & 1) << 4), scale, low
+
+
+@triton.jit
+def signed_byte(words, shift):
+    """The byte of uint32 `words` at bit `shift`, sign-extended, float32."""
+    return (words >> shift & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def q6_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    """Group g = 4 n + 2 h + s: half n of the block, 32 elements h of the half, 16 elements s of these."""
+    g = tl.arange(0, 8)[None, :]
+    codes = bytes_of(field(base, block, 0, 210, 0, 128, PLANAR), live, 8, 16) >> 4 * p & 15
+    twos = field(base, block, 128, 210, 128, 64, PLANAR)[:, None] + ((g >> 2) * 32 + (g & 1) * 16)
+    elements = tl.arange(0, 16)[None, None, :]
+    high = tl.load(twos[:, :, None] + elements, mask=live[:, None, None], other=0)
+    shifts = (4 * p + (g & 2)).to(tl.uint8)[:, :, None]
+    scales = field(base, block, 192, 210, 192, 16, PLANAR)[:, None] + ((g >> 2) * 8 + 4 * p)
+    d = half(field(base, block, 208, 210, 208, 2, PLANAR), live)
+    scale = column(d) * signed_byte(word(scales, live[:, None], WIDE), (g & 3) * 8)
+    return as_float(codes | (high >> shifts & 3) << 4) - 32, scale, scale
+
+
+@triton.jit
+def q3_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    """Group g = 2 n + s: half n of the block, 16 elements s of plane p's 32."""
+    g = tl.arange(0, 4)[None, :]
+    codes = bytes_of(field(base, block, 32, 110, 0, 64, PLANAR), live, 4, 16) >> 2 * p & 3
+    mask = field(base, block, 0, 110, 64, 32, PLANAR)[:, None] + (g & 1) * 16
+    high = tl.load(mask[:, :, None] + tl.arange(0, 16)[None, None, :], mask=live[:, None, None], other=0)
+    shifts = ((g >> 1) * 4 + p).to(tl.uint8)[:, :, None]
+    packed = field(base, block, 96, 110, 96, 12, PLANAR)
+    shift = (2 * (p % 2) + (g & 1)) * 8
+    low = word(packed + 4 * (p // 2), live, WIDE)[:, None] >> shift + (g >> 1) * 4 & 15
+    top = word(packed + 8, live, WIDE)[:, None] >> shift + (g >> 1) * 4 + 2 * (p // 2) & 3
+    d = half(field(base, block, 108, 110, 108, 2, PLANAR), live)
+    scale = column(d) * ((low | top << 4).to(tl.float32) - 32)
+    return as_float(codes | (high >> shifts & 1) << 2) - 4, scale, scale
+
+
+@triton.jit
+def q2_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    """Groups as in Q3_K."""
+    g = tl.arange(0, 4)[None, :]
+    codes = bytes_of(field(base, block, 16, 84, 0, 64, PLANAR), live, 4, 16) >> 2 * p & 3
+    pairs = field(base, block, 0, 84, 64, 16, PLANAR)[:, None] + ((g >> 1) * 8 + 4 * (p // 2))
+    pair = word(pairs, live[:, None], WIDE) >> (2 * (p % 2) + (g & 1)) * 8
+    dm = word(field(base, block, 80, 84, 80, 4, PLANAR), live, WIDE)
+    scale = column(low_half(dm)) * (pair & 15).to(tl.float32)
+    return as_float(codes), scale, -(column(high_half(dm)) * (pair >> 4 & 15).to(tl.float32))
+
+
+@triton.jit
+def table_values(codes):
+    """Codes 0-15 of IQ4 -> ggml's kvalues_iq4nl, float32. The table plus 127, a byte each, lies in four words."""
+    first = tl.where((codes & 4) != 0, 0x75695C4E, 0x3E2C1700)
+    last = tl.where((codes & 4) != 0, 0xF0D8C4B4, 0xA5988C80)
+    words = tl.where((codes & 8) != 0, last, first).to(tl.uint32)
+    return (words >> (codes & 3).to(tl.uint32) * 8 & 0xFF).to(tl.float32) - 127
+
+
+@triton.jit
+def iq4_nl(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    codes = bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    d = half(field(base, block, 0, 18, 16, 2, PLANAR), live)
+    return table_values(codes), column(d), column(d)
+
+
+@triton.jit
+def iq4_xs(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
+    g = tl.arange(0, 8)[None, :]
+    codes = bytes_of(field(base, block, 8, 136, 0, 128, PLANAR), live, 8, 16) >> 4 * p & 15
+    head = field(base, block, 0, 136, 0, 8, PLANAR)
+    first = word(head, live, True)
+    low = word(head + 4, live, True)[:, None] >> 4 * g & 15
+    high = first[:, None] >> 16 + 2 * g & 3
+    scale = column(low_half(first)) * ((low | high << 4).to(tl.float32) - 32)
+    return table_values(codes), scale, scale
+
+
+@triton.jit
+def e4m3(codes, NATIVE: tl.constexpr):
+    """uint8 codes of float8_e4m3fn -> float32, NaN included. Without NATIVE from integers: the bits of a float16
+    that is 256 times smaller, subnormals too."""
+    if NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        wide = codes.to(tl.uint16)
+        bits = (wide & 0x80) << 8 | (wide & 0x7F) << 7
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        return tl.where((wide & 0x7F) == 0x7F, float("nan"), values)
+
+
+LAYOUTS = {
+    "q8_0": Layout(q8_0, 32, 34, planes=1, groups=1, width=32),
+    "q5_1": Layout(q5_1, 32, 24, planes=2, groups=1, width=16, affine=True, plane_step=16, words=True),
+    "q5_0": Layout(q5_0, 32, 22, planes=2, groups=1, width=16, plane_step=16),
+    "q4_1": Layout(q4_1, 32, 20, planes=2, groups=1, width=16, affine=True, plane_step=16, words=True),
+    "q4_0": Layout(q4_0, 32, 18, planes=2, groups=1, width=16, plane_step=16),
+    "iq4_nl": Layout(iq4_nl, 32, 18, planes=2, groups=1, width=16, plane_step=16),
+    "q6_k": Layout(q6_k, 256, 210, planes=2, groups=8, width=16, plane_step=64, outer=128, inner=16, inner_groups=4),
+    "q5_k": Layout(
+        q5_k, 256, 176, planes=2, groups=4, width=32, affine=True, plane_step=32, outer=64, words=True
+    ),
+    "q4_k": Layout(
+        q4_k, 256, 144, planes=2, groups=4, width=32, affine=True, plane_step=32, outer=64, words=True
+    ),
+    "q3_k": Layout(q3_k, 256, 110, planes=4, groups=4, width=16, plane_step=32, outer=128, inner=16, inner_groups=2),
+    "q2_k": Layout(
+        q2_k, 256, 84, planes=4, groups=4, width=16, affine=True, plane_step=32, outer=128, inner=16, inner_groups=2,
+        words=True,
+    ),
+    "iq4_xs": Layout(iq4_xs, 256, 136, planes=2, groups=8, width=16, plane_step=16, outer=32, words=True),
+}  # fmt: skip
