@@ -1,0 +1,156 @@
+"""8-bit integer linear layers in plain torch: the reference for `int8.py`, and the way for CPUs and RTX 20.
+
+    codes, scale = quantize_rows(x, group)            per token, at every call
+    weight, weight_scale = weight_rows(fmt, parts, group)    per output row, once
+    y = int_mm(codes, scale, weight, weight_scale, bias, torch.float16)
+
+The product is exact in int32, so every way of computing it gives the same accumulators; both scales and the bias are
+applied to them in float32. Codes are symmetric, -127 to 127: the rows of activations and weights have no zero point.
+A row with NaN or infinity gets the scale NaN (its codes mean nothing), so all its outputs are NaN, whatever the
+weights: where a linear in 16 bits shows NaN or infinity, this one shows NaN.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flux_quant.formats import QuantFormat
+from flux_quant.kernels.rotation import check_group, rotate
+
+TOP = 127.0
+TINY = 1e-30  # rows of smaller magnitudes count as zeros: their inverse scale would overflow
+LONGEST = (2**31 - 1) // 127**2  # channels with which an int32 accumulator cannot overflow
+SLICE_BYTES = 32 << 20  # of float32 weight that is requantized at a time, of int32 accumulators of `int_mm`
+FEWEST = 17  # rows that torch._int_mm takes on CUDA
+PADDED = 32  # rows it gets instead of fewer
+
+Finish = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+
+
+def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """x (M, K) float -> codes of x R (M, K) int8, scale (M, 1) float32; R rotates groups of `group` channels.
+
+    Rounds half to even. The largest magnitude of a row is 127 steps.
+    """
+    y = rotate(x, group)
+    largest = y.abs().amax(dim=1, keepdim=True).clamp(min=TINY) if y.numel() else y.new_full((len(x), 1), TINY)
+    sound = largest.isfinite()
+    codes = torch.where(sound, (y * (TOP / largest)).round(), 0)
+    return codes.to(torch.int8), torch.where(sound, largest / TOP, torch.nan)
+
+
+def weight_rows(fmt: QuantFormat, parts: Sequence[Tensor], group: int) -> tuple[Tensor, Tensor]:
+    """Parts of a weight (N, K) -> codes of W R (N, K) int8, scale (N,) float32, on the parts' device.
+
+    The scale maps the largest magnitude of a row to 127. Smaller ones that clip it gain nothing at 8 bits (docs/log.md).
+    """
+    length = parts[0].shape[0]
+    codes = scale = None
+    for start, stop in slices(length, 4 * max(1, parts[0][:1].numel()) * fmt.block // per_block(fmt)):
+        values = fmt.unpack(*(part[start:stop] if part.ndim else part for part in parts))
+        piece, steps = quantize_rows(values, group)
+        if codes is None:
+            codes = torch.empty(length, piece.shape[1], dtype=torch.int8, device=piece.device)
+            scale = torch.empty(length, dtype=torch.float32, device=piece.device)
+        codes[start:stop], scale[start:stop] = piece, steps[:, 0]
+    return codes, scale
+
+
+def per_block(fmt: QuantFormat) -> int:
+    """Elements of the first part per block."""
+    (elements,) = fmt.parts[0].shape((fmt.block,))
+    return elements
+
+
+def unpack_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:
+    """What `weight_rows` gave -> the weight (N, K) float32 in its own channels again."""
+    return rotate(codes.float() * scale[:, None], group)
+
+
+def int_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    finish: Finish | None = None,
+) -> Tensor:
+    """a (M, K) int8, its scale (M, 1), w (N, K) int8, its scale (N,), bias (N,) -> (M, N) in `dtype`.
+
+    Through torch._int_mm, which writes its accumulators out: some columns at a time, so that they stay few. `finish`
+    (acc, a_scale, w_scale, bias, out) turns them into output, `finish_slice` if none is given.
+    """
+    check_operands(a, a_scale, w, w_scale, bias)
+    finish = finish or finish_slice
+    rows, columns = a.shape[0], w.shape[0]
+    refuse("int_mm", torch.cuda.get_device_capability(a.device) if a.is_cuda else None, rows, columns, a.shape[1])
+    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    if not out.numel():
+        return out
+    if a.is_cuda and rows < FEWEST:
+        a = torch.nn.functional.pad(a, (0, 0, 0, PADDED - rows))
+    for start, stop in slices(columns, 4 * len(a), multiple=256):
+        acc = torch._int_mm(a, w[start:stop].t())[:rows]
+        finish(acc, a_scale, w_scale[start:stop], None if bias is None else bias[start:stop], out[:, start:stop])
+    return out
+
+
+def finish_slice(acc: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = acc * a_scale * w_scale + bias, in float32 up to the last rounding."""
+    values = (acc * a_scale).mul_(w_scale)
+    out.copy_(values if bias is None else values.add_(bias.float()))
+
+
+def slices(length: int, bytes_each: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Cut `length` into ranges of at most SLICE_BYTES, each but the last a multiple of `multiple`."""
+    step = max(multiple, SLICE_BYTES // bytes_each // multiple * multiple)
+    return [(start, min(start + step, length)) for start in range(0, length, step)] or [(0, 0)]
+
+
+def obstacle(way: str, capability: tuple[int, int] | None, rows: int, columns: int, channels: int) -> str | None:
+    """Why an int8 product (rows, channels) x (columns, channels) cannot be computed in this way; None if it can.
+
+    `way` is "int_mm" or "triton", `capability` that of the CUDA device, None for a CPU.
+    """
+    if channels > LONGEST:
+        return f"{channels} channels may overflow int32; at most {LONGEST}"
+    if way == "triton":
+        if capability is None or capability < (8, 0):
+            return "Triton multiplies int8 on CUDA devices from compute capability 8.0 only"
+        return f"{channels} channels are not a multiple of 16" if channels % 16 or not channels else None
+    if capability is None:
+        return None
+    if capability < (7, 5):
+        return "int8 tensor cores begin with compute capability 7.5"
+    if columns % 8 or channels % 8 or not channels:
+        return f"torch._int_mm takes multiples of 8 on CUDA; the weight is {columns} x {channels}"
+    return None
+
+
+def refuse(way: str, capability: tuple[int, int] | None, rows: int, columns: int, channels: int) -> None:
+    reason = obstacle(way, capability, rows, columns, channels)
+    if reason:
+        raise ValueError(f"no int8 product by {way}: {reason}")
+
+
+def check_operands(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """ValueError with the shapes unless everything fits together."""
+    if a.dtype != torch.int8 or w.dtype != torch.int8 or a.ndim != 2 or w.ndim != 2 or a.shape[1] != w.shape[1]:
+        raise ValueError(f"int8 (M, K) and (N, K) are needed, got {describe(a)} and {describe(w)}")
+    rows, columns = len(a), len(w)
+    expected = {"a_scale": (a_scale, (rows, 1)), "w_scale": (w_scale, (columns,))}
+    for name, (tensor, shape) in expected.items():
+        if tensor.dtype != torch.float32 or tensor.shape != shape:
+            raise ValueError(f"{name} must be float32 {shape}, got {describe(tensor)}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias of {columns} outputs has shape {tuple(bias.shape)}")
+    others = {"w": w, "a_scale": a_scale, "w_scale": w_scale} | ({} if bias is None else {"bias": bias})
+    for name, tensor in others.items():
+        if tensor.device != a.device:
+            raise ValueError(f"{name} is on {tensor.device}, the activations are on {a.device}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
