@@ -140,7 +140,8 @@ def int8_matmul(
     """
     check_operands(a, a_scale, w, w_scale, bias)
     (rows, channels), columns = a.shape, w.shape[0]
-    capability = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 6)  # the interpreter takes anything
+    on_cpu = a.device.type == "cpu"  # in the interpreter, which takes anything
+    capability = (8, 0) if on_cpu else torch.cuda.get_device_capability(a.device)
     refuse("triton", capability, rows, columns, channels)
     out = torch.empty(rows, columns, dtype=dtype, device=a.device)
     if not out.numel():
@@ -196,7 +197,7 @@ def finish_kernel(
 
 
 def finish(acc: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (M, N) = acc (M, N) int32 * a_scale (M, 1) * w_scale (N,) + bias (N,): the `finish` of `int8_torch.int_mm`."""
+    """out (M, N) = acc (M, N) int32 * a_scale (M, 1) * w_scale (N,) + bias (N,), for `int8_torch.int_mm`."""
     rows, columns = acc.shape
     bm, bn = 16, 256
     if out.numel():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_quant.formats import QuantFormat
-from flux_quant.kernels.rotation import check_group, rotate
+from flux_quant.kernels.rotation import rotate
 
 TOP = 127.0
 TINY = 1e-30  # rows of smaller magnitudes count as zeros: their inverse scale would overflow
@@ -43,7 +43,7 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def weight_rows(fmt: QuantFormat, parts: Sequence[Tensor], group: int) -> tuple[Tensor, Tensor]:
     """Parts of a weight (N, K) -> codes of W R (N, K) int8, scale (N,) float32, on the parts' device.
 
-    The scale maps the largest magnitude of a row to 127. Smaller ones that clip it gain nothing at 8 bits (docs/log.md).
+    The scale maps the largest magnitude of a row to 127: searching one that clips gains 1 % of the error (docs/log.md).
     """
     length = parts[0].shape[0]
     codes = scale = None
