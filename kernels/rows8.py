@@ -19,7 +19,9 @@ SMALLEST = tl.constexpr(TINY)
 INFINITY = tl.constexpr(0x7F800000)  # its bits in float32; NaNs have larger ones
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: added to a small float32 it leaves the rounded value in the low bits
 LONGEST_ROW = 1 << 16
-PER_THREAD = 32  # elements of a row
+PER_THREAD = 32  # elements of a row, about
+PIECES = (1, 3, 5)
+SMALLEST_PIECE = 256
 
 
 @triton.jit
@@ -43,31 +45,43 @@ def quantize_kernel(
     x,
     codes,
     scales,
-    K,
     stride,
+    K: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """x (M, K) rows `stride` apart -> codes (M, K), scales (M,); with GIVEN scales () is read instead."""
+    """x (M, K) rows `stride` apart -> codes (M, K), scales (M,); with GIVEN scales () is read instead. A row is PARTS
+    pieces of SIZE, the last of them filled up with zeros."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, SIZE)
-    live = k < K
-    y = rotated(tl.load(x + row * stride + k, mask=live, other=0).to(tl.float32), SIZE, GROUP)
+    pieces = ()
+    highest = tl.zeros((SIZE,), tl.int32)
+    for part in tl.static_range(PARTS):
+        if PARTS * SIZE == K:
+            piece = tl.load(x + row * stride + part * SIZE + k)
+        else:
+            piece = tl.load(x + row * stride + part * SIZE + k, mask=part * SIZE + k < K, other=0)
+        y = rotated(piece.to(tl.float32), SIZE, GROUP)
+        highest = tl.maximum(highest, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        pieces = pieces + (y,)
     top = LARGEST if FP8 else INT8_TOP
     if GIVEN:
         inverse = tl.div_rn(1.0, tl.load(scales))
     else:
-        bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+        bits = tl.max(highest, axis=0)  # of integers: no NaN is lost
         largest = tl.maximum(bits.to(tl.float32, bitcast=True), SMALLEST)
         tl.store(scales + row, tl.where(bits < INFINITY, tl.div_rn(largest, top), float("nan")))
         inverse = tl.div_rn(top, largest)
-    y = y * inverse
-    if FP8:
-        tl.store(codes + row * K + k, tl.clamp(y, -LARGEST, LARGEST).to(tl.float8e4nv), mask=live)
-    else:
-        tl.store(codes + row * K + k, int8_codes(y), mask=live)
+    for part in tl.static_range(PARTS):
+        y = pieces[part] * inverse
+        code = tl.clamp(y, -LARGEST, LARGEST).to(tl.float8e4nv) if FP8 else int8_codes(y)
+        if PARTS * SIZE == K:
+            tl.store(codes + row * K + part * SIZE + k, code)
+        else:
+            tl.store(codes + row * K + part * SIZE + k, code, mask=part * SIZE + k < K)
 
 
 def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -94,18 +108,33 @@ def launch(x: Tensor, dtype: torch.dtype, scale: Tensor, group: int, given: bool
     if x.stride(1) != 1:
         x = x.contiguous()
     codes = torch.empty(rows, channels, dtype=dtype, device=x.device)
-    size = max(256, triton.next_power_of_2(channels))
+    parts, size = pieces_of(channels)
     if rows:
         quantize_kernel[(rows,)](
             x,
             codes,
             scale,
-            channels,
             x.stride(0),
+            K=channels,
             SIZE=size,
+            PARTS=parts,
             GROUP=group,
             FP8=dtype == torch.float8_e4m3fn,
             GIVEN=given,
-            num_warps=min(32, max(1, size // (32 * PER_THREAD))),
+            num_warps=warps_for(parts * size),
         )
     return codes
+
+
+def pieces_of(channels: int) -> tuple[int, int]:
+    """(3, 1024) for 3072: how many pieces of which power of two a row is cut into without a rest; else one with it."""
+    for parts in PIECES:
+        size = channels // parts
+        if channels % parts == 0 and size == triton.next_power_of_2(size) >= SMALLEST_PIECE:
+            return parts, size
+    return 1, max(SMALLEST_PIECE, triton.next_power_of_2(channels))
+
+
+def warps_for(elements: int) -> int:
+    """The largest power of two that leaves every thread PER_THREAD elements or more; at least one, at most 32."""
+    return min(32, triton.next_power_of_2(max(1, elements // (32 * PER_THREAD)) + 1) // 2)
