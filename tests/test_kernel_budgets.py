@@ -1,0 +1,75 @@
+"""Every kernel compiles for every architecture it is launched on, without spills or byte loads, within its budget of
+instructions per weight. Needs no GPU: see `compile_kernels.py`, which does it in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from kernel_budgets import GAPS, complaints, table
+from kernel_cases import CASES
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+KERNELS = [name for name, case in CASES.items() if case.family != "example"]
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: nothing can be compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, dict]:
+    """Name of a case -> what the compiler made of it, for all the cases that the selected tests ask for."""
+    chosen = {name for item in request.session.items if item.module is request.module for name in cases_of(item)}
+    cache = {"TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")), "TRITON_INTERPRET": "0"}
+    here = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--stdin"],
+        input="\n".join(name for name in CASES if name in chosen),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **cache, **here},
+    )
+    assert done.returncode == 0, done.stderr
+    return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+
+
+def cases_of(item: pytest.Item) -> set[str]:
+    return {item.callspec.params["name"]} if hasattr(item, "callspec") else set()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_budget(name, compiled):
+    found = list(complaints(compiled[name]))
+    if found:
+        family = [result for result in compiled.values() if result["family"] == CASES[name].family]
+        pytest.fail(f"{name}: {'; '.join(found)}\n{table(family)}", pytrace=False)
+
+
+FAULTS = {  # example -> (width of its loads, its matrix instruction on sm_86 and sm_90, what is wrong with it)
+    "copy_aligned": ("128", None, None, None),
+    "copy_misaligned": ("U8", None, None, "loads of single bytes"),
+    "multiply": ("128", "HMMA", "HGMMA", None),
+    "multiply_in_one_warp": ("128", "HMMA", "HMMA", "registers are spilled"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family == "example"])
+def test_instruments_find_the_faults_of_the_examples(name, compiled):
+    width, ampere, hopper, fault = FAULTS[CASES[name].what]
+    result = compiled[name]
+    mma = ampere if CASES[name].cc < 90 else hopper
+    assert set(result["loads"]) == {width}
+    assert set(result["mmas"]) == ({mma} if mma else set())
+    assert result["loop"] == (mma is not None), "the loop over K"
+    assert [fault in complaint for complaint in complaints(result)] == ([True] if fault else [])
+
+
+def test_every_gap_is_of_a_case():
+    """And it is one: above the aim, or the row can go."""
+    aims = {(case.family, case.what): case.aim for case in CASES.values()}
+    for which, measured in GAPS.items():
+        assert measured > aims[which], which
