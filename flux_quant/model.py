@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_quant.arch import FluxConfig
+from flux_quant.kernels import fused
 
 TIME_CHANNELS = 256
-EPS = 1e-6
 
 
 class Modulation(NamedTuple):
@@ -46,20 +46,8 @@ def rotary_angles(ids: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return joined.cos().float(), joined.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channels of x (B, H, L, C) by the angles (L, C / 2), in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q, k, v (B, H, L, C) -> (B, L, D)."""
-    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    return y.transpose(1, 2).flatten(2)
-
-
 def modulate(x: Tensor, mod: Modulation) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + mod.scale) + mod.shift
+    return fused.modulated_norm(x, mod.shift, mod.scale)
 
 
 class Embedder(nn.Module):
@@ -74,14 +62,17 @@ class Embedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
+class GELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.gelu_(x)
+
+
 class RMSNorm(nn.Module):
+    """Holds the scale; `fused.heads` normalises."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS)
-        return normed.to(x.dtype) * self.scale.to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -89,6 +80,10 @@ class QKNorm(nn.Module):
         super().__init__()
         self.query_norm = RMSNorm(channels)
         self.key_norm = RMSNorm(channels)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        return self.query_norm.scale, self.key_norm.scale
 
 
 class ModulationLinear(nn.Module):
@@ -108,29 +103,20 @@ class StreamAttention(nn.Module):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(config.hidden, config.hidden)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) -> q, k, v (B, H, L, C), q and k normalised."""
-        q, k, v = split_heads(self.qkv(x), self.head_dim)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
-
-
-def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 D), rows q | k | v, each head by head -> three of (B, H, L, C)."""
-    return qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, x: Tensor) -> fused.Stream:
+        """x (B, L, D) -> qkv (B, L, 3 D) and the scales (C,) that its q and k are to be normalised with."""
+        return self.qkv(x), *self.norm.scales
 
 
 class DoubleBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         for stream in ("img", "txt"):
-            mlp = nn.Sequential(
-                nn.Linear(config.hidden, config.mlp), nn.GELU("tanh"), nn.Linear(config.mlp, config.hidden)
-            )
+            mlp = nn.Sequential(nn.Linear(config.hidden, config.mlp), GELU(), nn.Linear(config.mlp, config.hidden))
             self.add_module(f"{stream}_mod", ModulationLinear(config.hidden, sets=2))
             self.add_module(f"{stream}_attn", StreamAttention(config))
             self.add_module(f"{stream}_mlp", mlp)
@@ -139,34 +125,33 @@ class DoubleBlock(nn.Module):
         """img (B, S, D), txt (B, T, D), vec (B, D) -> img, txt."""
         img_mod, img_mod2 = self.img_mod(vec)
         txt_mod, txt_mod2 = self.txt_mod(vec)
-        img_qkv = self.img_attn.project(modulate(img, img_mod))
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_mod))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_y, img_y = attend(q, k, v, cos, sin).split([txt.shape[1], img.shape[1]], dim=1)
-        img = img + img_mod.gate * self.img_attn.proj(img_y)
-        img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2))
-        txt = txt + txt_mod.gate * self.txt_attn.proj(txt_y)
-        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(txt, txt_mod2))
+        streams = [self.txt_attn.project(modulate(txt, txt_mod)), self.img_attn.project(modulate(img, img_mod))]
+        y = F.scaled_dot_product_attention(*fused.heads(streams, cos, sin)).transpose(1, 2).flatten(2)
+        txt_y, img_y = y.split([txt.shape[1], img.shape[1]], dim=1)
+        img = fused.gated_sum(img, img_mod.gate, self.img_attn.proj(img_y))
+        img = fused.gated_sum(img, img_mod2.gate, self.img_mlp(modulate(img, img_mod2)))
+        txt = fused.gated_sum(txt, txt_mod.gate, self.txt_attn.proj(txt_y))
+        txt = fused.gated_sum(txt, txt_mod2.gate, self.txt_mlp(modulate(txt, txt_mod2)))
         return img, txt
 
 
 class SingleBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.widths = [3 * config.hidden, config.mlp]
+        self.hidden = config.hidden
         self.modulation = ModulationLinear(config.hidden, sets=1)
-        self.linear1 = nn.Linear(config.hidden, sum(self.widths))  # rows q | k | v | mlp
+        self.linear1 = nn.Linear(config.hidden, 3 * config.hidden + config.mlp)  # rows q | k | v | mlp
         self.linear2 = nn.Linear(config.hidden + config.mlp, config.hidden)  # columns attention | mlp
         self.norm = QKNorm(config.head_dim)
 
     def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D), vec (B, D) -> (B, L, D)."""
         (mod,) = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.head_dim)
-        y = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, cos, sin)
-        return x + mod.gate * self.linear2(torch.cat([y, F.gelu(mlp, approximate="tanh")], dim=-1))
+        wide = self.linear1(modulate(x, mod))
+        stream = wide[..., : 3 * self.hidden], *self.norm.scales
+        y = F.scaled_dot_product_attention(*fused.heads([stream], cos, sin))
+        y = fused.beside_gelu(y, wide).flatten(0, 1)  # a matrix even if its rows lie apart: takes the shortest way
+        return fused.gated_sum(x, mod.gate, self.linear2(y).unflatten(0, x.shape[:2]))
 
 
 class FinalLayer(nn.Module):
@@ -177,7 +162,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
+        return self.linear(fused.modulated_norm(x, shift, scale))
 
 
 class Flux(nn.Module):
