@@ -57,6 +57,11 @@ def weight_rows(fmt: QuantFormat, parts: Sequence[Tensor], group: int) -> tuple[
     return codes, scale
 
 
+def codes_for(values: Tensor, scale: Tensor, group: int) -> Tensor:
+    """W (N, K) float, its scale (N,) from `weight_rows` -> codes of W R (N, K) int8."""
+    return (rotate(values, group) / scale[:, None]).nan_to_num(0).round().clamp(-TOP, TOP).to(torch.int8)
+
+
 def per_block(fmt: QuantFormat) -> int:
     """Elements of the first part per block."""
     (elements,) = fmt.parts[0].shape((fmt.block,))
