@@ -58,7 +58,7 @@ def measure(rows: int, columns: int, tokens: int, device: torch.device) -> list[
                 "dequantize_ms": round(unpack * 1e3, 3),
                 "dequantize_gb_per_s": round((fmt.nbytes((rows, columns)) + out.nbytes) / unpack / 1e9, 2),
                 "linear_ms": round(multiply * 1e3, 3),
-                "path": dispatch.explain(fmt, tokens, device),
+                "path": dispatch.explain(fmt, (tokens, rows, columns), device),
             }
         )
     return results

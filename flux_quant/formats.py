@@ -5,7 +5,8 @@ follow from the parts, so nothing is stored twice. F32, F16 and BF16 are rows to
 
 Blocks never cross rows. A fused `qkv` is therefore cut, and `to_q, to_k, to_v` joined, on the packed bytes.
 
-A new format is two functions in `codecs/` and a row here; the tests walk this table.
+A new format is two functions in `codecs/` and a row here; the tests walk this table. `FORMATS` are what files hold,
+`IN_MEMORY` what exists only between loading and computing.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flux_quant.codecs import fp8, iq4, kquants, legacy, plain
+from flux_quant.codecs import fp8, iq4, kquants, legacy, plain, planar
 from flux_quant.codecs.choice import Choice
 from flux_quant.codecs.search import SEARCHES, choose, element_weights
 
@@ -48,6 +49,7 @@ class QuantFormat:
     unpack: Callable[..., Tensor]
     search: Callable[..., tuple[Tensor, ...]] | None = None  # (weight, importance=None) -> parts
     store: Callable[[Choice], Tensor] | None = None  # blocks as a search chose them -> (n, bytes)
+    native: str = ""  # of planar rows: the name of the format in whose bytes they are written to files
 
     def fits(self, shape: Shape) -> bool:
         return self.block == 1 or (len(shape) >= 2 and shape[-1] % self.block == 0)
@@ -72,7 +74,7 @@ class QuantFormat:
 
 
 def format_named(name: str) -> QuantFormat:
-    return FORMATS[name]
+    return FORMATS.get(name) or IN_MEMORY[name]
 
 
 def same_shape(shape: Shape) -> Shape:
@@ -81,6 +83,10 @@ def same_shape(shape: Shape) -> Shape:
 
 def scalar_shape(shape: Shape) -> Shape:
     return ()
+
+
+def column_shape(shape: Shape) -> Shape:
+    return (shape[0], *(1 for _ in shape[1:]))
 
 
 def bytes_per_row(block: int, nbytes: int, shape: Shape) -> Shape:
@@ -122,8 +128,21 @@ def block_format(
     return QuantFormat(name, block, (part,), pack_rows if pack else search_rows, unpack_rows, searched, store)
 
 
+def planar_format(fmt: QuantFormat) -> QuantFormat:
+    """A GGUF layout with its rows in planar order: the same bytes for a kernel, see `codecs.planar`."""
+
+    def pack(weight: Tensor) -> tuple[Tensor]:
+        return (planar.to_planar(fmt.name, fmt.pack(weight)[0]),)
+
+    def unpack(data: Tensor) -> Tensor:
+        return fmt.unpack(planar.to_native(fmt.name, data))
+
+    return QuantFormat(f"{fmt.name} planar", fmt.block, fmt.parts, pack, unpack, native=fmt.name)
+
+
 FP8_DATA = Part("weight", torch.float8_e4m3fn, same_shape)
 FP8_SCALE = Part("weight_scale", torch.float32, scalar_shape)
+FP8_ROW_SCALE = Part("weight_scale", torch.float32, column_shape)
 
 FORMATS: dict[str, QuantFormat] = {
     fmt.name: fmt
@@ -145,5 +164,13 @@ FORMATS: dict[str, QuantFormat] = {
         block_format("q2_k", 256, 16 + 64 + 2 + 2, kquants.unpack_q2_k, store=kquants.store_q2_k),
         block_format("iq4_xs", 256, 2 + 2 + 4 + 128, iq4.unpack_iq4_xs, store=iq4.store_iq4_xs),
         block_format("iq4_nl", 32, 2 + 16, iq4.unpack_iq4_nl, store=iq4.store_iq4_nl),
+    )
+}
+
+IN_MEMORY: dict[str, QuantFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        *(planar_format(FORMATS[name]) for name in planar.FIELDS),
+        QuantFormat("fp8_rows", 1, (FP8_DATA, FP8_ROW_SCALE), fp8.pack_rows, fp8.unpack_scaled),
     )
 }

@@ -1,4 +1,4 @@
-"""A linear layer over a packed weight.
+"""A linear layer over a packed weight, and modules made of such layers.
 
 An ordinary module with one plain buffer per part of its format, so that moving, saving, pinning and streaming it need
 no special case; decided against a tensor subclass, which every such tool would have to know. Its one peculiarity: the
@@ -6,13 +6,16 @@ parts are what the format says they are, so `module.to(torch.bfloat16)` and its 
 dtype (blocks of bytes would survive a cast; FP8 values, scales and stored floats would not). The bias is cast as usual.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from flux_quant.formats import QuantFormat
-from flux_quant.kernels import dispatch
+from flux_quant.codecs import planar
+from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
+from flux_quant.kernels import cpu_quantize, dispatch
+from flux_quant.kernels.packed import check_parts
 
 Adapter = Callable[[Tensor], Tensor]  # x (..., K) -> (..., N), in x's dtype
 
@@ -47,15 +50,9 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_parts(cls, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None = None) -> "QuantLinear":
         """Around tensors as they are: parts in the format's order, bias (N) in any float dtype. Copies nothing."""
-        out_features, in_features = dispatch.weight_shape(fmt, parts)
+        out_features, in_features = check_parts(fmt, parts)
         module = cls(in_features, out_features, fmt, bias=bias is not None, device="meta")
         for part, tensor in zip(fmt.parts, parts, strict=True):
-            expected = part.shape((out_features, in_features))
-            if tensor.dtype != part.dtype or tensor.shape != expected:
-                raise ValueError(
-                    f"{part.suffix} of a {fmt.name} weight ({out_features}, {in_features}) is {part.dtype} {expected}, "
-                    f"got {tensor.dtype} {tuple(tensor.shape)}"
-                )
             setattr(module, part.suffix, tensor)
         if bias is not None:
             if bias.shape != (out_features,):
@@ -65,7 +62,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_float(cls, weight: Tensor, bias: Tensor | None, fmt: QuantFormat) -> "QuantLinear":
-        """weight (N, K) and bias (N), float; the weight is packed into `fmt`."""
+        """weight (N, K) and bias (N), float; the weight is packed into `fmt` by its codec."""
         return cls.from_parts(fmt, fmt.pack(weight.detach()), bias)
 
     @property
@@ -73,11 +70,35 @@ class QuantLinear(nn.Module):
         return tuple(self._buffers[part.suffix] for part in self.fmt.parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype."""
+        """x (..., K) -> (..., N) in x's dtype; under autocast in its dtype, as torch's own linear."""
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         out = dispatch.linear(x, self.fmt, self.parts, self.bias)
         for adapter in self.adapters:
             out = out + adapter(x)
         return out
+
+    def repack_(self) -> "QuantLinear":
+        """Bring the rows into the order that GPUs load fastest (see `codecs.planar`), where that is another one.
+
+        A copy of the weight, made once: after loading, before the first step. State dicts keep the bytes of files.
+        """
+        if repacked := IN_MEMORY.get(f"{self.fmt.name} planar"):
+            self.weight = planar.to_planar(self.fmt.name, self.weight)
+            self.fmt = repacked
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fmt.native:
+            destination[f"{prefix}weight"] = planar.to_native(self.fmt.native, self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        name = f"{prefix}weight"
+        if self.fmt.native and name in state_dict:
+            state_dict = {**state_dict, name: planar.to_planar(self.fmt.native, state_dict[name])}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, {self.fmt.name}, bias={self.bias is not None}"
@@ -97,3 +118,39 @@ def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return fn(tensor) if shown.dtype == tensor.dtype else tensor.to(shown.device)
 
     return moved
+
+
+def quantize_module_(module: nn.Module, recipe: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Replace the linears of any module by packed ones, in place -> name of each replaced layer: its format.
+
+    recipe: (glob on the layer's name, name of a format) rows, first match wins, None as a format leaves a layer alone.
+    Layers that no row matches stay, and so do those whose inputs are no multiple of the format's block. ValueError for
+    a format that does not exist.
+    """
+    recipe = [(pattern, name) for pattern, name in recipe]
+    if unknown := [name for _, name in recipe if name is not None and name not in FORMATS]:
+        raise ValueError(f"unknown format {unknown[0]}; choose one of {', '.join(FORMATS)}")
+    replaced = {}
+    for path, layer in list(module.named_modules()):
+        name = next((name for pattern, name in recipe if fnmatchcase(path, pattern)), None)
+        if name is None or not isinstance(layer, nn.Linear) or not FORMATS[name].fits(tuple(layer.weight.shape)):
+            continue
+        module.set_submodule(path, QuantLinear.from_parts(FORMATS[name], searched(layer.weight, name), layer.bias))
+        replaced[path] = name
+    return replaced
+
+
+def searched(weight: Tensor, name: str) -> tuple[Tensor, ...]:
+    """The parts of a weight (N, K) in a format, its scales searched for where it has any to search."""
+    fmt, weight = FORMATS[name], weight.detach()
+    if fmt.is_plain or weight.device.type != "cpu":
+        return (fmt.search or fmt.pack)(weight)
+    return cpu_quantize.quantize(name, weight)[0]
+
+
+def repack_(module: nn.Module) -> nn.Module:
+    """`QuantLinear.repack_` for every packed layer of a module."""
+    for layer in module.modules():
+        if isinstance(layer, QuantLinear):
+            layer.repack_()
+    return module

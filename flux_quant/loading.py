@@ -5,7 +5,7 @@ the mapped file: nothing is unpacked or copied that a forward pass can unpack it
 embeddings, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from flux_quant.configs import clip_config, t5_config, vae_config
 from flux_quant.converters.checkpoint import CheckpointReader, load
 from flux_quant.converters.component import Component, open_component
 from flux_quant.errors import UserError
-from flux_quant.formats import FORMATS
+from flux_quant.formats import FORMATS, QuantFormat
+from flux_quant.kernels.packed import take
 from flux_quant.linear import QuantLinear
 from flux_quant.model import Flux
 from flux_quant.naming import vae_to_diffusers
@@ -119,18 +120,60 @@ def bind(model: nn.Module, reader: CheckpointReader) -> None:
 
     Names in the reader must be the model's, no more and no less.
     """
-    found = shapes_of(reader)
-    report_difference({name: tuple(p.shape) for name, p in model.named_parameters()}, found, reader.path)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            weight, bias = f"{path}.weight", f"{path}.bias"
-            fmt = FORMATS[reader.tensors[weight].format]
-            packed = QuantLinear.from_parts(fmt, reader.read(weight), load(reader, bias) if bias in found else None)
-            model.set_submodule(path, packed)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    report_difference(expected, shapes_of(reader), reader.path)
+    load_quantized_(model, reader)
+
+
+Source = str | tuple[str, slice]  # a tensor of a checkpoint, or some of its rows
+
+
+def load_quantized_(
+    module: nn.Module, reader: CheckpointReader, key_map: Callable[[str], Source] | None = None
+) -> nn.Module:
+    """Give any module its weights from a checkpoint: linears stay packed as they are stored, the rest becomes float32.
+
+    key_map: the name of a parameter in the module -> that of a tensor in the checkpoint (by default the same), or a
+    pair of it and a slice, where the parameter is made of rows of a fused tensor. The module may be on the meta device.
+    UserError with the first name that is missing or has another shape; nothing has been changed then.
+    """
+    sources = {name: key_map(name) if key_map else name for name, _ in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        check_source(sources[name], tuple(parameter.shape), reader)
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            fmt, parts = stored_rows(reader, sources[f"{path}.weight"])
+            bias = None if layer.bias is None else floats(reader, sources[f"{path}.bias"])
+            module.set_submodule(path, QuantLinear.from_parts(fmt, parts, bias))
             continue
-        for name, _ in list(module.named_parameters(recurse=False)):
-            value = load(reader, f"{path}.{name}" if path else name)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            value = floats(reader, sources[f"{path}.{name}" if path else name])
+            setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    return module
+
+
+def check_source(source: Source, shape: arch.Shape, reader: CheckpointReader) -> None:
+    name, rows = (source, None) if isinstance(source, str) else source
+    if name not in reader.tensors:
+        raise UserError(f"{reader.path}: tensor {name} {list(shape)} is missing")
+    found = tuple(reader.tensors[name].shape)
+    if rows is not None:
+        found = (len(range(*rows.indices(found[0]))), *found[1:])
+    if found != shape:
+        raise UserError(f"{reader.path}: tensor {name} gives {list(found)}, the model needs {list(shape)}")
+
+
+def stored_rows(reader: CheckpointReader, source: Source) -> tuple[QuantFormat, tuple[Tensor, ...]]:
+    """A weight as it is stored: its format, and views of the mapped file."""
+    name, rows = (source, ...) if isinstance(source, str) else source
+    return FORMATS[reader.tensors[name].format], tuple(take(reader.read(name), rows))
+
+
+def floats(reader: CheckpointReader, source: Source) -> Tensor:
+    if isinstance(source, str):
+        return load(reader, source)
+    name, rows = source
+    return load(reader, name)[rows]
 
 
 def report_difference(expected: Mapping[str, arch.Shape], found: Mapping[str, arch.Shape], path: Path) -> None:

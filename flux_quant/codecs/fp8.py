@@ -25,14 +25,21 @@ def pack_scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     return data, scale
 
 
+def pack_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, ...) float -> data (N, ...) float8_e4m3fn, scale (N, 1, ...) float32: each row with its own scale."""
+    values = weight.float()
+    scale = scale_for(values.abs().amax(dim=tuple(range(1, values.ndim)), keepdim=True))
+    return cast(values / scale), scale
+
+
 def scale_for(largest: Tensor) -> Tensor:
-    """The largest magnitude () float32 -> the scale () float32."""
+    """The largest magnitudes, float32 -> their scales, float32."""
     smallest = torch.finfo(torch.float32).tiny  # below it a scale rounds to zero
     return torch.where(largest > 0, divide(largest, LARGEST).clamp(min=smallest), torch.ones_like(largest))
 
 
 def unpack_scaled(data: Tensor, scale: Tensor) -> Tensor:
-    """data (...) float8_e4m3fn, scale () float32 -> (...) float32."""
+    """data (...) float8_e4m3fn, scale () or (N, 1, ...) float32 -> (...) float32."""
     return data.float() * scale.float()
 
 

@@ -1,0 +1,105 @@
+"""Unpacking on a CUDA device by our kernels, at the speed of its memory.
+
+For a product in two passes the weight goes into a scratch, one buffer per stream of fixed size: a wide weight passes
+through it slice by slice.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from flux_quant.formats import QuantFormat
+from flux_quant.kernels import dequant, tables
+from flux_quant.kernels.packed import row_slices, weight_shape
+from flux_quant.kernels.planes import LAYOUTS, Rows
+
+NATIVE_E4M3 = (8, 9)  # from this compute capability on the hardware converts FP8
+TILE_ROWS = 256  # slices are multiples of it: whole tiles of cuBLAS
+SMALL, LARGE = 32 << 20, 132 << 20  # bytes of scratch; 132 MB hold FLUX.1's widest weight, 21504 x 3072, in 16 bits
+SHARE = 128  # of the device's memory
+
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def kernel_rows(fmt: QuantFormat, columns: int) -> Rows:
+    """What the kernels over planes are compiled for."""
+    return Rows(fmt.native or fmt.name, columns, bool(fmt.native))
+
+
+def obstacle(fmt: QuantFormat, parts: Sequence[Tensor]) -> str | None:
+    """None if the unpack kernels can read this weight, else the reason."""
+    shape = weight_shape(fmt, parts)
+    if not supported(fmt):
+        return f"no kernel for {fmt.name}"
+    if prod(shape) >= dequant.MAX_OFFSET:
+        return f"{prod(shape)} weights are beyond the kernels' 32-bit offsets"
+    if not all(part.is_contiguous() for part in parts):
+        return "the weight is not contiguous"
+    if parts[0].data_ptr() % alignment(fmt, shape[-1]):
+        return f"the weight starts at an address that is no multiple of {alignment(fmt, shape[-1])}"
+    return None
+
+
+def supported(fmt: QuantFormat) -> bool:
+    return (fmt.native or fmt.name) in LAYOUTS or fmt.parts[0].dtype == torch.float8_e4m3fn
+
+
+def alignment(fmt: QuantFormat, columns: int) -> int:
+    """Bytes that the address of a weight must be a multiple of."""
+    if fmt.block == 1:
+        return 1
+    return 4 if kernel_rows(fmt, columns).wide else 2
+
+
+def dequantize(fmt: QuantFormat, parts: Sequence[Tensor], out: Tensor, first_row: int = 0) -> Tensor:
+    """Rows of a weight (N, ..., K), counted over all leading axes, from `first_row` on -> out (n, K), contiguous."""
+    if fmt.block == 1:
+        native = torch.cuda.get_device_capability(out.device) >= NATIVE_E4M3
+        scale = parts[1] if len(parts) > 1 else None
+        return dequant.fp8_to_dense(parts[0], scale, out, first_row, native)
+    return dequant.blocks_to_dense(parts[0], kernel_rows(fmt, out.shape[-1]), out, first_row)
+
+
+def pieces(fmt: QuantFormat, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight (N, K) in `dtype`, for `passes`: each overwrites the one before."""
+    n, k = weight_shape(fmt, parts)
+    scratch = scratch_for(parts[0].device, dtype)
+    for rows in row_slices((n, k), scratch.nbytes, dtype.itemsize, TILE_ROWS):
+        count = rows.stop - rows.start
+        if count * k > scratch.numel():  # a single row is wider than the scratch
+            scratch = scratch.new_empty(count * k)
+        yield rows, dequantize(fmt, parts, scratch[: count * k].view(count, k), rows.start)
+
+
+def scratch_for(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scratch of the current stream, as a flat tensor. While a CUDA graph is captured, one from the graph's pool:
+    the graph keeps it for its replays."""
+    nbytes = scratch_bytes(device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _scratch:
+        _scratch[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return _scratch[key].view(dtype)
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """A 128th of the device's memory, 64 MiB of 8 GiB, within 32 MiB and 132 MiB."""
+    share = torch.cuda.get_device_properties(device).total_memory // SHARE
+    return max(SMALL, min(LARGE, share)) // TILE_ROWS * TILE_ROWS
+
+
+def free_scratch() -> None:
+    """Give the scratch of every stream back to torch's allocator."""
+    _scratch.clear()
+
+
+def refusal(
+    path: str, fmt: QuantFormat, rows: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """None if `one_kernel` can go this path, else the reason."""
+    if path == tables.TWO_PASS:
+        return None
+    return f"no {path} kernel"
