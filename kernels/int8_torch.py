@@ -10,7 +10,7 @@ A row with NaN or infinity gets the scale NaN (its codes mean nothing), so all i
 weights: where a linear in 16 bits shows NaN or infinity, this one shows NaN.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,27 +45,28 @@ def weight_rows(fmt: QuantFormat, parts: Sequence[Tensor], group: int) -> tuple[
 
     The scale maps the largest magnitude of a row to 127: searching one that clips gains 1 % of the error (docs/log.md).
     """
-    length = parts[0].shape[0]
     codes = scale = None
-    for start, stop in slices(length, 4 * max(1, parts[0][:1].numel()) * fmt.block // per_block(fmt)):
-        values = fmt.unpack(*(part[start:stop] if part.ndim else part for part in parts))
-        piece, steps = quantize_rows(values, group)
+    for rows, piece in pieces(fmt, parts):
+        part, steps = quantize_rows(fmt.unpack(*piece), group)
         if codes is None:
-            codes = torch.empty(length, piece.shape[1], dtype=torch.int8, device=piece.device)
-            scale = torch.empty(length, dtype=torch.float32, device=piece.device)
-        codes[start:stop], scale[start:stop] = piece, steps[:, 0]
+            codes = part.new_empty(len(parts[0]), part.shape[1])
+            scale = steps.new_empty(len(parts[0]))
+        codes[rows], scale[rows] = part, steps[:, 0]
     return codes, scale
+
+
+def pieces(fmt: QuantFormat, parts: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Some rows of a weight after the others, the parts of each; a part without axes belongs to all of them."""
+    (per_block,) = fmt.parts[0].shape((fmt.block,))
+    columns = parts[0].shape[1] // per_block * fmt.block
+    for start, stop in slices(len(parts[0]), 4 * max(1, columns)):
+        rows = slice(start, stop)
+        yield rows, [part[rows] if part.ndim else part for part in parts]
 
 
 def codes_for(values: Tensor, scale: Tensor, group: int) -> Tensor:
     """W (N, K) float, its scale (N,) from `weight_rows` -> codes of W R (N, K) int8."""
     return (rotate(values, group) / scale[:, None]).nan_to_num(0).round().clamp(-TOP, TOP).to(torch.int8)
-
-
-def per_block(fmt: QuantFormat) -> int:
-    """Elements of the first part per block."""
-    (elements,) = fmt.parts[0].shape((fmt.block,))
-    return elements
 
 
 def unpack_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flux_quant.kernels.fp8 import tensor_scale
 from flux_quant.kernels.int8_torch import TINY, TOP
 from flux_quant.kernels.rotation import check_group
 
@@ -38,6 +39,12 @@ def rotated(y, SIZE: tl.constexpr, GROUP: tl.constexpr):
 def int8_codes(y):
     """float32 within +-127 -> int8, rounded half to even; without a conversion, which runs at a quarter of the rate."""
     return (y + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def e4m3_codes(y):
+    """float32 -> float8_e4m3fn, NaN stays NaN."""
+    return tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def quantize_kernel(
         inverse = tl.div_rn(top, largest)
     for part in tl.static_range(PARTS):
         y = pieces[part] * inverse
-        code = tl.clamp(y, -LARGEST, LARGEST).to(tl.float8e4nv) if FP8 else int8_codes(y)
+        code = e4m3_codes(y) if FP8 else int8_codes(y)
         if PARTS * SIZE == K:
             tl.store(codes + row * K + part * SIZE + k, code)
         else:
@@ -90,15 +97,13 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return launch(x, torch.int8, scale, check_group(x.shape[1], group), given=False), scale
 
 
-def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) float -> codes (M, K) float8_e4m3fn, scale (M, 1) float32."""
-    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    return launch(x, torch.float8_e4m3fn, scale, 1, given=False), scale
-
-
-def cast_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x (M, K) float, scale () float32 -> x / scale, clamped to +-448, (M, K) float8_e4m3fn."""
-    return launch(x, torch.float8_e4m3fn, scale, 1, given=True)
+def quantize_fp8(x: Tensor, way: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (M, K) float -> codes (M, K) float8_e4m3fn, scale (M, 1) or () float32, by way; a given scale () is kept."""
+    if way == "row":
+        scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+        return launch(x, torch.float8_e4m3fn, scale, 1, given=False), scale
+    scale = tensor_scale(x) if scale is None else scale
+    return launch(x, torch.float8_e4m3fn, scale, 1, given=True), scale
 
 
 def launch(x: Tensor, dtype: torch.dtype, scale: Tensor, group: int, given: bool) -> Tensor:
