@@ -14,16 +14,11 @@ import torch
 
 from flux_quant import arch
 from flux_quant.arch import FluxConfig
+from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, SPREAD
 from flux_quant.console import progress
 from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.writer import create_checkpoint
 from flux_quant.model import Flux
-
-SPREAD = 0.02
-DEV = dict(
-    in_channels=64, out_channels=64, hidden=3072, head_dim=128, mlp=12288, context=4096, pooled=768, guidance=True
-)
-DOUBLE, SINGLE = 19, 38
 
 
 def infos(fraction: float) -> list[TensorInfo]:

@@ -1,0 +1,236 @@
+"""Kernels on this device: unpacking, and linear layers at FLUX's and T5's shapes, checked and timed.
+
+    python -I -m flux_quant.benchmarks.kernels [--formats q8_0,q4_k] [--small] [--save]
+
+Columns: `dense`, torch's product with the weight in 16 bits; `ours`; `eager`, unpacking by a chain of torch operations
+as GGUF loaders do today; `compiled`, the same chain under torch.compile; `int8`, `fp8`, our 8-bit products. Errors are
+relative, against a product in float64 with the unpacked weight. Ceilings are measured in the same run.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from flux_quant.benchmarks import eager
+from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.random_weights import on_device, random_parts
+from flux_quant.benchmarks.timing import Call, Timing, compare, copies_for, copy_bandwidth, product_rate
+from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
+from flux_quant.kernels import dispatch
+
+Shape = tuple[int, int]
+UNPACKED: Shape = (21504, 3072)  # FLUX.1's widest layer
+LAYERS: dict[Shape, tuple[int, ...]] = {  # (N, K) -> rows of input
+    (21504, 3072): (4608,),
+    (3072, 15360): (4608,),
+    (9216, 3072): (1, 16, 77, 512, 4096),
+    (12288, 3072): (512, 4096),
+    (3072, 12288): (512, 4096),
+    (3072, 3072): (512, 4096),
+    (18432, 3072): (1,),
+    (4096, 4096): (77, 512),
+    (10240, 4096): (512,),
+    (4096, 10240): (512,),
+}
+COMPILED: Shape = (9216, 3072)  # where torch.compile is tried: it takes seconds per format
+SAMPLED = 64  # rows of the product that are checked
+PLAIN = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def formats(device: torch.device, names: Sequence[str] = ()) -> dict[str, QuantFormat]:
+    """As they are kept on the device."""
+    packed = [fmt.name for fmt in FORMATS.values() if not fmt.is_plain and (not names or fmt.name in names)]
+    found = {name: on_device(name, device) for name in packed}
+    return found | ({} if names else {"fp8_rows": IN_MEMORY["fp8_rows"]})
+
+
+def copies_of(fmt: QuantFormat, shape: Shape, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """A random weight as often as no cache can hold."""
+    parts = random_parts(fmt, shape, device)
+    count = copies_for(sum(part.nbytes for part in parts), device)
+    return [parts, *(tuple(part.clone() for part in parts) for _ in range(count - 1))]
+
+
+def file_form(fmt: QuantFormat) -> QuantFormat:
+    return FORMATS[fmt.native] if fmt.native else fmt
+
+
+def eager_weight(fmt: QuantFormat, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1 and fmt.block > 1:
+        return eager.unpack(fmt, parts[0], dtype)
+    weight = parts[0].to(dtype)
+    return weight * parts[1].to(dtype) if len(parts) > 1 else weight
+
+
+def measure_unpacking(
+    chosen: dict[str, QuantFormat], shape: Shape, device: torch.device, dtype: torch.dtype, ceiling: float
+) -> Iterator[dict[str, object]]:
+    """Time of unpacking a whole weight, bytes moved per second, and whether every value is the codec's, rounded."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    for name, fmt in chosen.items():
+        for order in {fmt, file_form(fmt)}:
+            parts = copies_of(order, shape, device)
+            out.fill_(torch.nan)
+            dispatch.dequantize(order, parts[0], dtype, out)
+            wrong = int((out != order.unpack(*parts[0]).to(dtype)).sum())
+            times = compare({"ours": unpacking(order, parts, dtype, out)}, len(parts), device)
+            moved = order.nbytes(shape) + out.nbytes
+            rate = moved / times["ours"].median
+            row = {"format": name, "order": "planar" if order.native else "native", "wrong": wrong}
+            yield row | times["ours"].row() | {"gb_per_s": rate / 1e9, "of_copy": rate / ceiling}
+
+
+def product(x: Tensor, weights: Sequence, unpack: Callable[..., Tensor] | None = None) -> Call:
+    """torch's product with copy i, unpacked first if it is packed."""
+    if unpack is None:
+        return lambda i: F.linear(x, weights[i % len(weights)])
+    return lambda i: F.linear(x, unpack(*weights[i % len(weights)]))
+
+
+def ours(x: Tensor, fmt: QuantFormat, parts: list[tuple[Tensor, ...]]) -> Call:
+    return lambda i: dispatch.linear(x, fmt, parts[i % len(parts)])
+
+
+def unpacking(fmt: QuantFormat, parts: list[tuple[Tensor, ...]], dtype: torch.dtype, out: Tensor) -> Call:
+    return lambda i: dispatch.dequantize(fmt, parts[i], dtype, out)
+
+
+def measure_linear(
+    chosen: dict[str, QuantFormat],
+    layers: dict[Shape, tuple[int, ...]],
+    compiled: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[dict[str, object]]:
+    """One row per layer, format and number of rows: how exact, how fast, by which way."""
+    for shape, counts in layers.items():
+        dense = [parts[0] for parts in copies_of(FORMATS[PLAIN[dtype]], shape, device)]
+        for name, fmt in chosen.items():
+            if not fmt.fits(shape):
+                continue
+            file_fmt = file_form(fmt)
+            parts, native = copies_of(fmt, shape, device), copies_of(file_fmt, shape, device)
+            chain = compiled_chain(file_fmt, shape, dtype, device) if shape == compiled else None
+            for m in counts:
+                x = torch.randn(m, shape[1], device=device, dtype=dtype)
+                contenders = {
+                    "dense": product(x, dense),
+                    "ours": ours(x, fmt, parts),
+                    "eager": product(x, native, lambda *p, f=file_fmt: eager_weight(f, p, dtype)),
+                }
+                if chain is not None:
+                    contenders["compiled"] = product(x, native, chain)
+                copies = max(len(parts), len(native), len(dense))
+                times = compare(contenders, copies, device)
+                yield {
+                    "format": name,
+                    "n": shape[0],
+                    "k": shape[1],
+                    "m": m,
+                    "way": dispatch.way_for(fmt, m, shape, dtype, device, parts[0]).path,
+                    "error": relative_error(x, fmt, parts[0]),
+                    **{who: timing.row() for who, timing in times.items()},
+                    **rates(times["ours"], times["dense"], fmt, shape, m),
+                }
+
+
+def rates(ours: Timing, dense: Timing, fmt: QuantFormat, shape: Shape, m: int) -> dict[str, float]:
+    moved = fmt.nbytes(shape) + 2 * m * sum(shape)
+    return {
+        "of_dense": dense.median / ours.median,
+        "gb_per_s": moved / ours.median / 1e9,
+        "tflop_per_s": 2 * m * shape[0] * shape[1] / ours.median / 1e12,
+    }
+
+
+def compiled_chain(
+    fmt: QuantFormat, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Callable[..., Tensor] | None:
+    """The eager chain under torch.compile; None where that fails."""
+    torch._dynamo.reset()
+    try:
+        chain = torch.compile(lambda *parts: eager_weight(fmt, parts, dtype), dynamic=False)
+        chain(*random_parts(fmt, shape, device))
+    except Exception as error:  # any: it is somebody else's compiler
+        print(f"torch.compile of {fmt.name}: {type(error).__name__}", file=sys.stderr)
+        return None
+    return chain
+
+
+def relative_error(x: Tensor, fmt: QuantFormat, parts: tuple[Tensor, ...]) -> float:
+    """Of `linear` against float64, on some rows of x."""
+    rows = torch.linspace(0, len(x) - 1, min(len(x), SAMPLED), device=x.device).long()
+    out = dispatch.linear(x, fmt, parts)[rows]
+    exact = F.linear(x[rows].double(), fmt.unpack(*parts).double())
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+def small(layers: dict[Shape, tuple[int, ...]]) -> dict[Shape, tuple[int, ...]]:
+    """Every case on an eighth of the size, to see that it runs."""
+    return {eighth(shape): tuple(min(m, 32) for m in counts) for shape, counts in layers.items()}
+
+
+def eighth(shape: Shape) -> Shape:
+    return shape[0] // 8, max(256, shape[1] // 8 // 256 * 256)
+
+
+def measure(device: torch.device, names: Sequence[str] = (), tiny: bool = False) -> dict[str, object]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen, layers = formats(device, names), small(LAYERS) if tiny else LAYERS
+    copy = copy_bandwidth(device, 1 << 22 if tiny else 1 << 30)
+    product = product_rate(device, dtype, *((64, 64, 64) if tiny else ()))
+    shape = eighth(UNPACKED) if tiny else UNPACKED
+    return {
+        "dtype": str(dtype),
+        "copy_gb_per_s": copy / 1e9,
+        "product_tflop_per_s": product / 1e12,
+        "unpacking": list(measure_unpacking(chosen, shape, device, dtype, copy)),
+        "linear": list(measure_linear(chosen, layers, eighth(COMPILED) if tiny else COMPILED, device, dtype)),
+    }
+
+
+def tables(result: dict[str, object]) -> Iterator[Table]:
+    ceilings = f"copy {result['copy_gb_per_s']:.0f} GB/s, product {result['product_tflop_per_s']:.1f} TFLOP/s"
+    unpack = Table(title=f"Unpacking, {ceilings}")
+    for column in ("format", "order", "wrong values", "us", "GB/s", "of copy"):
+        unpack.add_column(column, justify="right")
+    for row in result["unpacking"]:
+        numbers = f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.2f}"
+        unpack.add_row(row["format"], row["order"], str(row["wrong"]), *numbers)
+    yield unpack
+    linear = Table(title="Linear")
+    contenders = ("dense", "ours", "eager", "compiled")
+    for column in ("format", "N", "K", "M", "way", "error", *contenders, "of dense", "GB/s", "TFLOP/s"):
+        linear.add_column(column, justify="right")
+    for row in result["linear"]:
+        place = row["format"], *(str(row[key]) for key in ("n", "k", "m")), row["way"], f"{row['error']:.1e}"
+        times = (f"{row[who]['us']:.1f}" if who in row else "" for who in contenders)
+        linear.add_row(*place, *times, *(f"{row[key]:.2f}" for key in ("of_dense", "gb_per_s", "tflop_per_s")))
+    yield linear
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default="", help="names with commas between them")
+    parser.add_argument("--small", action="store_true", help="every case on small shapes, to see that it runs")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(device, [name for name in args.formats.split(",") if name], args.small)
+    console = Console(width=160)
+    console.print(f"on {device_name()}")
+    console.print(*tables(result))
+    if args.save:
+        print(f"wrote {write_result('kernels', result)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

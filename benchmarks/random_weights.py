@@ -1,0 +1,59 @@
+"""Random weights of any size and format, made where they are used: for measuring, where values only need to be real."""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from flux_quant.arch import FluxConfig
+from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
+from flux_quant.linear import QuantLinear
+from flux_quant.model import Flux
+
+SOURCE_ROWS = 64  # that are packed; larger weights repeat them in a random order
+SPREAD = 0.02  # standard deviation, as trained weights have it
+DEV = dict(
+    in_channels=64, out_channels=64, hidden=3072, head_dim=128, mlp=12288, context=4096, pooled=768, guidance=True
+)
+DOUBLE, SINGLE = 19, 38  # blocks of FLUX.1
+
+
+def on_device(name: str, device: torch.device) -> QuantFormat:
+    """The form in which a file's format is kept on a device: planar on GPUs where that exists."""
+    return IN_MEMORY.get(f"{name} planar", FORMATS[name]) if device.type == "cuda" else FORMATS[name]
+
+
+@cache
+def source_parts(fmt: QuantFormat, columns: int) -> tuple[Tensor, ...]:
+    weight = torch.randn(SOURCE_ROWS, columns, generator=torch.Generator().manual_seed(columns)) * SPREAD
+    return fmt.pack(weight)
+
+
+def random_parts(fmt: QuantFormat, shape: tuple[int, int], device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """Parts of a weight (N, K): packed Gaussian rows, drawn with repetition."""
+    rows = torch.randint(SOURCE_ROWS, shape[:1], generator=torch.Generator().manual_seed(seed)).to(device)
+    return tuple(gathered(part.to(device), rows) for part in source_parts(fmt, shape[1]))
+
+
+def gathered(part: Tensor, rows: Tensor) -> Tensor:
+    if part.ndim == 0:
+        return part.clone()
+    return part.view(torch.uint8)[rows].view(part.dtype) if part.itemsize == 1 else part[rows]
+
+
+def random_flux(name: str, device: torch.device, dtype: torch.dtype, config: FluxConfig) -> Flux:
+    """The engine with its linears in format `name`, those of K that is no multiple of its blocks in `dtype`."""
+    plain = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+    with torch.device("meta"):
+        model = Flux(config)
+    for seed, (path, layer) in enumerate(list(model.named_modules())):
+        if isinstance(layer, nn.Linear):
+            shape = tuple(layer.weight.shape)
+            fmt = on_device(name, device) if FORMATS[name].fits(shape) else FORMATS[plain]
+            bias = torch.randn(shape[0], device=device, dtype=dtype) * SPREAD
+            model.set_submodule(path, QuantLinear.from_parts(fmt, random_parts(fmt, shape, device, seed), bias))
+        else:
+            for own, parameter in list(layer.named_parameters(recurse=False)):
+                value = torch.ones(parameter.shape, device=device, dtype=dtype)
+                setattr(layer, own, nn.Parameter(value, requires_grad=False))
+    return model.eval()

@@ -1,0 +1,112 @@
+"""One step of the full-size transformer with random weights, by format: how much slower, or faster, than BF16 resident.
+
+    python -I -m flux_quant.benchmarks.step [--formats bf16,q8_0,q4_k] [--size 1024] [--small] [--save]
+
+Everything is on the device, 512 words of text, one picture. BF16 is timed first and again last: the difference is what
+a ratio may be off by.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flux_quant.arch import FluxConfig
+from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_flux
+from flux_quant.model import Flux, image_ids, text_ids
+
+FORMATS = ("bf16", "q8_0", "q4_k", "q6_k", "q5_0", "q4_0", "fp8", "bf16")
+WORDS = 512
+STEPS = 5
+SMALL = dict(DEV, hidden=256, mlp=1024, context=256, head_dim=64)
+
+
+def inputs(config: FluxConfig, size: int, words: int, device: torch.device, dtype: torch.dtype) -> tuple:
+    side = size // 16
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    one = torch.ones(1, device=device)
+    tokens = random(1, side * side, config.in_channels), random(1, words, config.context), random(1, config.pooled)
+    return *tokens, one * 0.5, image_ids(side, side, device), text_ids(words, device), one * 3.5
+
+
+def seconds_of(model: Flux, arguments: tuple, device: torch.device) -> list[float]:
+    """Times of STEPS steps after two more."""
+    samples = []
+    for i in range(STEPS + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        model(*arguments)
+        synchronize(device)
+        if i >= 2:
+            samples.append(time.perf_counter() - start)
+    return samples
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(names: Sequence[str], size: int, device: torch.device, small: bool = False) -> Iterator[dict[str, object]]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    blocks = (1, 2) if small else (DOUBLE, SINGLE)
+    config = FluxConfig(**(SMALL if small else DEV), double_blocks=blocks[0], single_blocks=blocks[1])
+    arguments = inputs(config, size, 16 if small else WORDS, device, dtype)
+    for name in names:
+        model = random_flux(name, device, dtype, config)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        samples = seconds_of(model, arguments, device)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        yield {"format": name, "seconds": median(samples), "samples": samples, "peak_vram": peak}
+        del model
+
+
+def with_ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Each time over the mean of the BF16 runs, where there are any."""
+    dense = [row["seconds"] for row in rows if row["format"] == "bf16"]
+    if dense:
+        for row in rows:
+            row["of_bf16"] = row["seconds"] / (sum(dense) / len(dense))
+    return rows
+
+
+@torch.inference_mode()
+def run(names: Sequence[str], size: int, device: torch.device, small: bool = False) -> dict[str, object]:
+    return {"size": size, "steps": STEPS, "rows": with_ratios(list(measure(names, size, device, small)))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default=",".join(FORMATS), help="names with commas between them")
+    parser.add_argument("--size", type=int, default=1024, help="of the square picture, in pixels")
+    parser.add_argument("--small", action="store_true", help="a small model, to see that it runs")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = run(args.formats.split(","), args.size, device, args.small)
+    table = Table(title=f"One step at {args.size} px on {device_name()}")
+    for column in ("format", "ms", "of BF16", "peak GB"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        ratio = f"{row['of_bf16']:.3f}" if "of_bf16" in row else ""
+        peak = f"{row['peak_vram'] / 1e9:.2f}" if row["peak_vram"] else ""
+        table.add_row(row["format"], f"{row['seconds'] * 1e3:.1f}", ratio, peak)
+    Console(width=100).print(table)
+    if args.save:
+        print(f"wrote {write_result('step', result)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
