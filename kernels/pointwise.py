@@ -82,13 +82,34 @@ def heads_kernel(
 
 
 @triton.jit
-def gelu_kernel(x, out, N, x_b, x_l, out_b, out_l, BLOCK: tl.constexpr):
+def gelu_of(b_x):
     """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), written as x / (1 + 2^(-2 u log2(e)))."""
+    b_x = b_x.to(tl.float32)
+    return b_x / (1 + tl.exp2(b_x * (LINEAR + CUBIC * (b_x * b_x))))
+
+
+@triton.jit
+def gelu_kernel(x, out, N, x_b, x_l, out_b, out_l, BLOCK: tl.constexpr):
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
-    b_x = tl.load(x + row_start(x_b, x_l) + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_y = b_x / (1 + tl.exp2(b_x * (LINEAR + CUBIC * (b_x * b_x))))
-    tl.store(out + row_start(out_b, out_l) + o_n, b_y.to(out.dtype.element_ty), mask=m_n)
+    b_x = tl.load(x + row_start(x_b, x_l) + o_n, mask=m_n, other=0.0)
+    tl.store(out + row_start(out_b, out_l) + o_n, gelu_of(b_x).to(out.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def beside_gelu_kernel(y, mlp, out, D, M, y_b, y_l, mlp_b, mlp_l, out_b, out_l, BLOCK: tl.constexpr):
+    """The first programs of a row copy y, the others work on the MLP."""
+    copying = tl.cdiv(D, BLOCK)
+    o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = out + row_start(out_b, out_l)
+    if tl.program_id(1) < copying:
+        m_d = o_n < D
+        tl.store(row + o_n, tl.load(y + row_start(y_b, y_l) + o_n, mask=m_d), mask=m_d)
+    else:
+        o_m = o_n - copying * BLOCK
+        m_m = o_m < M
+        b_x = tl.load(mlp + row_start(mlp_b, mlp_l) + o_m, mask=m_m, other=0.0)
+        tl.store(row + D + o_m, gelu_of(b_x).to(out.dtype.element_ty), mask=m_m)
 
 
 @triton.jit
@@ -147,6 +168,17 @@ def gelu(x: Tensor, out: Tensor) -> None:
     block = min(TILE, triton.next_power_of_2(width))
     grid = tokens, triton.cdiv(width, block), batch
     gelu_kernel[grid](x, out, width, *rows(x), *rows(out), BLOCK=block, num_warps=warps(block))
+
+
+def beside_gelu(y: Tensor, mlp: Tensor, out: Tensor) -> None:
+    """out = y | GELU(mlp): y (B, L, D), mlp (B, L, M), out (B, L, D + M), whose last M columns may be mlp."""
+    (batch, tokens, hidden), width = y.shape, mlp.shape[-1]
+    if mlp.shape != (batch, tokens, width) or out.shape != (batch, tokens, hidden + width) or y.dtype != out.dtype:
+        raise ValueError(f"{described(y)} beside {described(mlp)} does not fit into {described(out)}")
+    block = min(TILE, triton.next_power_of_2(max(hidden, width)))
+    grid = tokens, triton.cdiv(hidden, block) + triton.cdiv(width, block), batch
+    steps = *rows(y), *rows(mlp), *rows(out)
+    beside_gelu_kernel[grid](y, mlp, out, hidden, width, *steps, BLOCK=block, num_warps=warps(block))
 
 
 def gated_sum(x: Tensor, gate: Tensor, y: Tensor, out: Tensor) -> None:

@@ -175,9 +175,15 @@ assert not torch.cuda.is_initialized()
 """
 
 
+def lacks_triton(path: Path) -> bool:
+    """Kernels that import triton at their top, where it is not installed."""
+    at_top = {found.module.split(".")[0] for found in imports_of(path) if not found.in_function}
+    return "triton" in at_top and importlib.util.find_spec("triton") is None
+
+
 def test_importing_touches_nothing():
     """No device, network, environment variable, process or written file; of all modules but the training scripts."""
-    names = [module for module in MODULES if not module.startswith(FREE)]
+    names = [module for module, path in MODULES.items() if not module.startswith(FREE) and not lacks_triton(path)]
     done = python(WITHOUT_EFFECTS.replace("MODULES", repr(names)))
     assert done.returncode == 0, done.stderr
 

@@ -135,6 +135,19 @@ def test_gelu(shape, place, random):
     assert_untouched(whole, out)
 
 
+@pytest.mark.parametrize("hidden", [1, 24, 130, 4100])
+@pytest.mark.parametrize("place", ["elsewhere", "in place"])
+def test_beside_gelu(hidden, place, random):
+    y, mlp = random(2, 3, hidden), 4 * random(2, 3, 4 * hidden)
+    whole, out = poisoned(torch.cat([y, mlp], dim=-1))
+    if place == "in place":
+        out[..., hidden:] = mlp
+    pointwise.beside_gelu(spaced(y), out[..., hidden:] if place == "in place" else spaced(mlp), out)
+    assert torch.equal(out[..., :hidden], y)
+    assert_close(out[..., hidden:], F.gelu(mlp.double(), approximate="tanh"), mlp.double().abs())
+    assert_untouched(whole, out)
+
+
 def test_gelu_far_out(random, dtype):
     top = torch.finfo(dtype).max
     x = random(1, 1, 8)
@@ -165,6 +178,7 @@ def test_no_rows(random):
     x, mod, q = random(2, 0, 16), random(2, 1, 16), random(2, 4, 2, 8)
     pointwise.modulated_norm(x, mod, mod, EPS, x)
     pointwise.gelu(x, x)
+    pointwise.beside_gelu(x[..., :5], x[..., 5:], x)
     pointwise.gated_sum(x, mod, x, x)
     before = q.clone()
     pointwise.heads(random(2, 0, 48), (q[0, 0, 0], q[0, 0, 1]), rotary(4, 8, x.device), 4, EPS, q, q, None)
@@ -176,6 +190,8 @@ WRONG = {
     "no batch": lambda t: pointwise.gelu(t(2, 8), t(2, 8)),
     "gaps in a row": lambda t: pointwise.gelu(t(1, 2, 16)[..., ::2], t(1, 2, 8)),
     "shift of another width": lambda t: pointwise.modulated_norm(t(1, 2, 8), t(1, 1, 9), t(1, 1, 8), EPS, t(1, 2, 8)),
+    "no room for both": lambda t: pointwise.beside_gelu(t(1, 2, 8), t(1, 2, 32), t(1, 2, 41)),
+    "copy into another dtype": lambda t: pointwise.beside_gelu(t(1, 2, 8).half(), t(1, 2, 32), t(1, 2, 40)),
     "gate of another batch": lambda t: pointwise.gated_sum(t(3, 2, 8), t(2, 1, 8), t(3, 2, 8), t(3, 2, 8)),
     "odd head": lambda t: heads_call(t, channels=7),
     "q too short": lambda t: heads_call(t, first=3),
