@@ -72,7 +72,8 @@ def fp8_to_dense(data: Tensor, scale: Tensor | None, out: Tensor, first_row: int
     count, columns = out.numel(), out.shape[-1]
     if count:
         kind = 0 if scale is None else 2 if scale.numel() == data.shape[0] != 1 else 1
-        place = data.view(torch.uint8), data if scale is None else scale.view(-1), out, first_row * columns, count
+        codes = data.view(torch.uint8)  # Triton takes no pointer to e4m3 below sm_89, not even one it never reads
+        place = codes, codes if scale is None else scale.view(-1), out, first_row * columns, count
         grid = (triton.cdiv(count, WEIGHTS),)
         dequantize_fp8[grid](*place, columns, kind, native, WEIGHTS, num_warps=WARPS)
     return out
