@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_quant.arch import FluxConfig
+from flux_quant.formats import FORMATS
 from flux_quant.kernels import fallback, fused
+from flux_quant.linear import QuantLinear
 from flux_quant.model import DoubleBlock, Flux, SingleBlock, image_ids, rotary_angles, text_ids
 
-CONFIG = FluxConfig(64, 64, 128, 32, 512, 96, 64, 2, 3, True)
-BATCH, TEXT, IMAGE = 2, 5, 12
+CONFIG = FluxConfig(64, 64, 128, 32, 512, 96, 64, 1, 2, True)
+BATCH, TEXT, IMAGE = 2, 3, 6
 SAME = {"cpu": 1e-5, "cuda": 1e-4}  # relative error in float32; products of matrices on tensor cores are less exact
 KERNELS = {"modulated_norm", "heads", "gelu", "beside_gelu", "gated_sum"}
 
@@ -53,7 +55,7 @@ def inputs(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
         txt=torch.randn(BATCH, TEXT, CONFIG.context, generator=g).to(device, dtype),
         pooled=torch.randn(BATCH, CONFIG.pooled, generator=g).to(device, dtype),
         timestep=torch.tensor([0.9, 0.2], device=device),
-        img_ids=image_ids(3, 4, device),
+        img_ids=image_ids(2, 3, device),
         txt_ids=text_ids(TEXT, device),
         guidance=torch.tensor([1.0, 3.5], device=device),
     )
@@ -63,9 +65,19 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def packed(model: Flux) -> Flux:
+    """Every linear of the blocks as Q8_0."""
+    for parent in [module for name, module in model.named_modules() if "_blocks." in name]:
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, QuantLinear.from_float(module.weight, module.bias, FORMATS["q8_0"]))
+    return model
+
+
+@pytest.mark.parametrize("weights", [lambda model: model, packed], ids=["dense", "packed"])
 @torch.no_grad()
-def test_engine(launched: list[str], kernel_device: str, monkeypatch: pytest.MonkeyPatch):
-    model, x = small_flux(kernel_device), inputs(kernel_device)
+def test_engine(weights, launched: list[str], kernel_device: str, monkeypatch: pytest.MonkeyPatch):
+    model, x = weights(small_flux(kernel_device)), inputs(kernel_device)
     got = model(**x)
     assert {name: launched.count(name) for name in KERNELS} == {
         "modulated_norm": 4 * CONFIG.double_blocks + CONFIG.single_blocks + 1,
@@ -97,7 +109,7 @@ def test_engine_in_16_bits_is_no_worse_than_torch(dtype: torch.dtype, launched: 
 def block_inputs(device: str) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(6)
     img, txt, vec = (torch.randn(*shape, 128, generator=g) for shape in [(BATCH, IMAGE), (BATCH, TEXT), (BATCH,)])
-    ids = torch.cat([text_ids(TEXT), image_ids(3, 4)])
+    ids = torch.cat([text_ids(TEXT), image_ids(2, 3)])
     return tuple(x.to(device) for x in (img, txt, vec, *rotary_angles(ids, CONFIG.rope_axes)))
 
 
