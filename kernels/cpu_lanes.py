@@ -34,14 +34,14 @@ class LanesModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, VECTOR)
 
 
-def operate(function: Callable, instruction: str) -> None:
-    """Let the operator `function` on two Lanes be an LLVM instruction."""
+def operate(function: Callable, instruction: str, kind: types.Type = Lanes) -> None:
+    """Let the operator `function` on two Lanes, or two of another type of vectors, be an LLVM instruction."""
 
     @infer_global(function)
     class Typing(ConcreteTemplate):
-        cases = (signature(Lanes, Lanes, Lanes),)
+        cases = (signature(kind, kind, kind),)
 
-    @lower_builtin(function, Lanes, Lanes)
+    @lower_builtin(function, kind, kind)
     def lower(context, builder, sig, args):
         return getattr(builder, instruction)(*args)
 

@@ -1,18 +1,11 @@
-"""Quantize on the CPU, with all its cores: which loop serves a format, and the threads that run it.
+"""Quantize on the CPU, with all its cores: which loop serves a format, and who runs it.
 
-The loops release the interpreter's lock, so ordinary threads run them, as many as torch uses. Each takes whole batches
-of its own and the sums are added in the order of the batches: neither bytes nor sums depend on the number of threads.
-The loops decide (codes and scales), the codecs write the bytes.
+As many threads as torch uses each take whole batches of their own, and the sums are added in the order of the batches:
+neither bytes nor sums depend on the number of threads. The loops decide (codes and scales), the codecs write the bytes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cache
-from importlib import import_module
+from collections.abc import Callable, Iterable
 from math import fsum
-from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -22,6 +15,7 @@ from flux_quant.codecs import fp8
 from flux_quant.codecs.choice import Choice, half_bytes
 from flux_quant.codecs.search import SEARCHES, Affine, Search, Symmetric, row_roots, settled
 from flux_quant.formats import FORMATS, QuantFormat
+from flux_quant.kernels.cpu_threads import Spread, compiled, threads_for
 
 LANES = 16  # groups that a loop works on side by side
 TASK = 1 << 17  # weights per sum of squares
@@ -33,7 +27,6 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in `cpu_ba
 
 Parts = tuple[Tensor, ...]
 Sums = tuple[float, float]
-Spread = Callable[[Callable, Iterable], Iterable]  # `map`, by several threads
 
 
 def supports(format_name: str) -> bool:
@@ -51,7 +44,7 @@ def quantize(
     if weight.dtype not in KINDS:
         weight = weight.float()
     weight = weight.detach().contiguous()
-    with threads_for(weight.numel()) as spread:
+    with threads_for(weight.numel(), SLICE) as spread:
         if format_name not in SEARCHES and format_name not in PLAIN:
             return quantize_fp8(format_name, weight, spread)
         fmt, piece = FORMATS[format_name], STORED if spread is map else SLICE
@@ -202,25 +195,6 @@ def count_and_look_up(weight: Tensor, table: Tensor, codes: Tensor, spread: Spre
     return torch.from_numpy(counts)
 
 
-@contextmanager
-def threads_for(weights: int) -> Iterator[Spread]:
-    """A `map` by as many threads as torch uses and the work is worth.
-
-    Meanwhile torch itself uses one: its idle threads would wait in a loop, on the cores that ours need.
-    """
-    own = torch.get_num_threads()
-    threads = min(own, -(-weights // SLICE))
-    if threads <= 1:
-        yield map
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(own)
-
-
 def tasks(count: int, batch: int) -> Iterable[tuple[int, int]]:
     """(first, last) batch of every task: the same for any number of threads."""
     batches, step = -(-count // batch), TASK // batch
@@ -244,18 +218,3 @@ def repeated(values: Tensor, length: int) -> np.ndarray:
 
 def square_sum(values: Tensor) -> float:
     return torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
-
-
-@cache
-def compiled(module: str, name: str) -> Callable:
-    """A loop that numba compiles at its first call and keeps on disk.
-
-    numba looks at the file of the loop only, so the name it is kept under holds a checksum of all files it is made of.
-    """
-    kernel = getattr(import_module(f"flux_quant.kernels.{module}"), name)
-    files = sorted(Path(__file__).parent.glob("cpu_*.py"))
-    stamp = crc32(b"".join(path.read_bytes() for path in files))
-    kernel.py_func.__qualname__ = f"{name}_{stamp:08x}"
-    with suppress(RuntimeError):  # no folder that can be written: compiled again by every process
-        kernel.enable_caching()
-    return kernel
