@@ -84,7 +84,7 @@ def test_norm_of_a_row_far_from_zero(random):
     out = torch.empty_like(x)
     pointwise.modulated_norm(x, zero, zero, EPS, out)
     expected = F.layer_norm(x.double(), (320,), eps=EPS)
-    assert (out.double() - expected).abs().max() < (1e-3 if x.dtype == torch.float32 else 1e-2)
+    assert (out.double() - expected).abs().max() < (1e-3 if x.dtype == torch.float32 else 3e-2)  # rounding of 4
 
 
 def rotary(rows: int, channels: int, device: str) -> tuple[Tensor, Tensor]:
