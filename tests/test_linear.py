@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flux_quant.formats import FORMATS
+from flux_quant.formats import FORMATS, IN_MEMORY
 from flux_quant.kernels import dispatch, torch_path
 from flux_quant.kernels.packed import row_slices, weight_shape
-from flux_quant.linear import QuantLinear
+from flux_quant.linear import QuantLinear, quantize_module_, repack_
 
 N, K = 48, 256
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -194,6 +194,73 @@ def test_wrong_parts_are_refused():
         QuantLinear.from_float(random(N, K), random(N + 1), q8_0)
     with pytest.raises(ValueError, match="stored in 2 tensors, got 1"):
         QuantLinear.from_parts(fp8, (data,))
+
+
+@formats
+def test_repacked_for_a_gpu_it_is_still_the_same_file(fmt):
+    """Planar rows in memory; state dicts, in both directions, hold the bytes of the file."""
+    layer = QuantLinear.from_float(random(N, K), random(N), fmt)
+    x, state = random(3, K), {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    expected = layer(x)
+    assert repack_(nn.Sequential(layer))[0] is layer
+    assert layer.fmt is IN_MEMORY.get(f"{fmt.name} planar", fmt)
+    assert (layer(x) - expected).norm() <= 1e-6 * expected.norm()
+    saved = layer.state_dict()
+    assert all(torch.equal(saved[name].float(), tensor.float()) for name, tensor in state.items())
+    other = QuantLinear.from_float(random(N, K) * 2, random(N), fmt).repack_()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), layer(x)) and other.fmt is layer.fmt
+    assert layer.repack_().fmt is other.fmt
+
+
+def test_inputs_of_any_shape_and_layout():
+    layer = QuantLinear.from_float(random(N, K), random(N), FORMATS["q5_k"])
+    x = random(4, 3, K)
+    expected = layer(x)
+    for same in (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat([x, x], dim=2)[..., :K],
+        x.repeat_interleave(2, dim=2)[..., ::2],
+        torch.cat([x, x])[:4],
+    ):
+        assert (layer(same) - expected).norm() <= 1e-6 * expected.norm()
+    assert (layer(x[2, 1]) - expected[2, 1]).norm() <= 1e-6 * expected[2, 1].norm()
+    assert layer(x[:0]).shape == (0, 3, N) and layer(random(2, 0, K)).shape == (2, 0, N)
+
+
+def test_autocast_chooses_the_dtype_as_for_torchs_linear():
+    layer, dense = QuantLinear.from_float(random(N, K), random(N), FORMATS["q8_0"]), nn.Linear(K, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(random(3, K)).dtype == dense(random(3, K)).dtype == torch.bfloat16
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)) for _ in range(2)
+        )
+        self.odd = nn.Linear(256, 40)
+        self.head = nn.Linear(40, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.odd(x))
+
+
+def test_linears_of_any_module_are_packed_by_a_recipe():
+    model = Small()
+    x = random(3, 256)
+    before = model(x)
+    recipe = [("blocks.1.2", None), ("blocks.*", "q8_0"), ("*", "q6_k")]
+    assert quantize_module_(model, recipe) == {"blocks.0.0": "q8_0", "blocks.0.2": "q8_0", "blocks.1.0": "q8_0"} | {
+        "odd": "q6_k"
+    }  # and `head`, whose inputs are no multiple of 256, stays
+    assert isinstance(model.blocks[1][2], nn.Linear) and isinstance(model.head, nn.Linear)
+    assert 1e-5 < (model(x) - before).norm() / before.norm() < 5e-2
+    with pytest.raises(ValueError, match="unknown format q9_0; choose one of f32"):
+        quantize_module_(model, [("*", "q9_0")])
 
 
 @pytest.mark.gpu
