@@ -1,6 +1,6 @@
 """Compile the kernels for every architecture, without a GPU, and tell what the compiler made of them.
 
-    python tests/compile_kernels.py                              one JSON line per case
+    python tests/compile_kernels.py                              one JSON line per launch
     python tests/compile_kernels.py --table dequant q4_k sm_90   a table, of the cases whose names hold all these words
 
 Names are read from standard input with `--stdin`. `test_kernel_budgets.py` runs this in a process of its own, because
@@ -18,31 +18,39 @@ from kernel_budgets import table
 from kernel_cases import CASES
 
 
-def measure(name: str) -> dict[str, object]:
-    """What was compiled for one case: a flat record, or one with the `error`."""
+def measure(name: str) -> list[dict[str, object]]:
+    """What was compiled for a case: a flat record per launch, or one with the `error`."""
     import triton
 
     import sass
 
     case, start = CASES[name], time.perf_counter()
-    about = dict(name=name, family=case.family, what=case.what, cc=case.cc, triton=triton.__version__)
-    about |= dict(aim=case.aim, wide=case.wide, mma=case.mma)
+    about = dict(name=name, label=name, family=case.family, what=case.what, cc=case.cc, triton=triton.__version__)
+    about |= dict(wide=case.wide, mma=case.mma)
     try:
         with sass.recording(case.cc) as launches:
             case.run()
-        (launch,) = launches
     except Exception as error:  # whatever the compiler raises is the result
-        return about | dict(error=f"{type(error).__name__}: {error}"[:2000])
-    seen, weights = sass.examine(launch.cubin), case.weights(launch)
-    about |= dict(kernel=launch.kernel, threads=launch.threads, shared_bytes=launch.shared_bytes, weights=weights)
-    per_weight = launch.threads / weights
-    about |= vars(seen) | dict(per_weight=seen.instructions * per_weight, slow=seen.conversions * per_weight)
-    return about | dict(seconds=time.perf_counter() - start)
+        return [about | dict(error=f"{type(error).__name__}: {error}"[:2000])]
+    results = []
+    for launch in launches:
+        seen = sass.examine(launch.cubin)
+        weights = case.weights(launch, seen.loop)
+        tile = "x".join(str(launch.arguments[key]) for key in case.shown)
+        label = f"{name} {tile} w{launch.threads // sass.WARP}" if tile else name
+        sizes = dict(threads=launch.threads, shared_bytes=launch.shared_bytes, weights=weights)
+        rates = dict(per_weight=seen.instructions, slow=seen.conversions)
+        rates = {key: count * launch.threads / weights for key, count in rates.items()}
+        aim = case.aim(launch) if callable(case.aim) else case.aim
+        results.append(about | dict(label=label, kernel=launch.kernel, aim=aim) | sizes | vars(seen) | rates)
+        results[-1]["seconds"], start = time.perf_counter() - start, time.perf_counter()
+    return results
 
 
 def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, object]]:
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(measure, names)
+        for results in pool.imap(measure, names):
+            yield from results
 
 
 def main() -> None:

@@ -9,36 +9,41 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flux_quant.codecs.planar import FIELDS
-from flux_quant.formats import FORMATS
+from flux_quant.codecs.planar import FIELDS as MISALIGNED
+from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
+from flux_quant.kernels import rotation
 
-N, K = 3072, 3072
-BLOCKS = [name for name, fmt in FORMATS.items() if fmt.block > 1]
+M, N, K = 4608, 3072, 3072
+EPS = 1e-6
+ALIGNED = {"q5_1": (16,), "q5_k": (128,), "q4_k": (128,), "iq4_xs": (128,)}  # largest field of a block, in bytes
+PACKED = [*IN_MEMORY.values(), *(fmt for name, fmt in FORMATS.items() if not fmt.is_plain and name not in MISALIGNED)]
 EVERY = (61, 75, 80, 86, 89, 90, 120)  # compute capabilities: GTX 10, RTX 20, A100, RTX 30, RTX 40, H100, RTX 50
+PER_BYTE = 7  # thread-instructions that an H200 can issue while its memory moves a byte; every other card more
 UNPACKING = 10  # thread-instructions per weight at which an H200 is still limited by its memory, half of what it has
-
-# Bytes per weight of the field of a block that holds most of the code: it must be loaded in wide pieces.
-LARGEST_FIELD = {name: max(FIELDS.get(name, (128,))) / FORMATS[name].block for name in BLOCKS} | {"q5_1": 0.5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`run` launches one kernel; `weights` tells from the launch how many weights the main loop unpacks in a turn, or
-    the whole program if it has no loop. What it is held to: thread-instructions per weight, bytes per weight that must
-    come in loads of 64 bits or more, and the matrix instruction that must be there."""
+    """What is launched, and what it is held to.
+
+    `weights` and `aim` are told the launch; `weights` also whether its code has a loop, because instructions are
+    counted in the main loop, or in the whole program if there is none.
+    """
 
     family: str
     what: str
     cc: int
-    run: Callable[[], object]
-    weights: Callable[[object], float]
-    aim: float | None = None
-    wide: float = 0
-    mma: str = ""
+    run: Callable[[], object]  # launches one kernel or more
+    weights: Callable[[Any, bool], float]  # (or elements) that the counted instructions handle
+    aim: float | Callable[[Any], float] | None = None  # thread-instructions per weight
+    wide: float = 0  # bytes per weight that must come in loads of 64 bits or more
+    mma: str = ""  # pattern of the matrix instruction that must be there
+    shown: tuple[str, ...] = ()  # arguments that tell the launches of a case from each other
 
     @property
     def name(self) -> str:
@@ -54,36 +59,160 @@ def float_of(cc: int) -> torch.dtype:
     return torch.bfloat16 if cc >= 80 else torch.float16
 
 
-def share_of_program(launch: object) -> float:
-    return N * K / prod(launch.grid)
+def share_of_program(launch: Any, loop: bool, elements: int = N * K) -> float:
+    return elements / prod(launch.grid)
 
 
-def dequantize(name: str, planar: bool, cc: int) -> None:
-    from flux_quant.kernels import dequant, planes
-
-    data = meta(N, *FORMATS[name].parts[0].shape((K,)))
-    dequant.blocks_to_dense(data, planes.Rows(name, K, planar), meta(N, K, dtype=float_of(cc)))
+def weight(fmt: QuantFormat) -> list[Tensor]:
+    return [meta(*part.shape((N, K)), dtype=part.dtype) for part in fmt.parts]
 
 
-def dequantize_fp8(per_row: bool, cc: int) -> None:
-    from flux_quant.kernels import dequant
+def dequantize(fmt: QuantFormat, cc: int) -> None:
+    from flux_quant.kernels import triton_path
 
-    scale = meta(*((N, 1) if per_row else ()), dtype=torch.float32)
-    out = meta(N, K, dtype=float_of(cc))
-    dequant.fp8_to_dense(meta(N, K, dtype=torch.float8_e4m3fn), scale, out, native=cc >= 89)
+    triton_path.dequantize(fmt, weight(fmt), meta(N, K, dtype=float_of(cc)))
+
+
+def in_blocks(fmt: QuantFormat) -> bool:
+    return fmt.block > 1
+
+
+def wide_bytes(fmt: QuantFormat) -> float:
+    """Bytes per weight of a block's largest field: they must come in wide pieces, if the blocks' places allow it."""
+    name = fmt.native or fmt.name
+    if name in MISALIGNED and not fmt.native:
+        return 0
+    return max(MISALIGNED.get(name, ALIGNED.get(name, (1,)))) / fmt.block
 
 
 def dequant_cases() -> Iterator[Case]:
-    """Both byte orders of every format: planar as weights are kept on a GPU, native as they lie in a mapped file."""
+    """As weights lie on a GPU, for every card; misaligned blocks, as in a mapped file, for three generations."""
     for cc in EVERY:
-        for name in BLOCKS:
-            for order in ["planar"] * (name in FIELDS) + ["native"]:
-                run = partial(dequantize, name, order == "planar", cc)
-                wide = 0 if name in FIELDS and order == "native" else LARGEST_FIELD[name]
-                yield Case("dequant", f"{name} {order}", cc, run, share_of_program, UNPACKING, wide)
-        for scale in ("tensor", "row"):
-            run = partial(dequantize_fp8, scale == "row", cc)
-            yield Case("dequant", f"fp8 {scale}", cc, run, share_of_program, UNPACKING, wide=1)
+        for fmt in [*PACKED, *(FORMATS[name] for name in MISALIGNED if cc in (75, 86, 90))]:
+            run = partial(dequantize, fmt, cc)
+            yield Case("dequant", fmt.name, cc, run, share_of_program, UNPACKING, wide_bytes(fmt))
+
+
+def expand(fmt: QuantFormat) -> None:
+    from flux_quant.kernels import expand8, triton_path
+
+    (data,), scales, out = weight(fmt), meta(N, dtype=torch.float32), meta(N, K, dtype=torch.int8)
+    expand8.expand(data, triton_path.kernel_rows(fmt, K), scales, rotation.DEFAULT, out)
+
+
+def quantize_rows(what: str, channels: int, cc: int) -> None:
+    from flux_quant.kernels import rows8
+
+    x = meta(N, channels, dtype=float_of(cc))
+    if what == "int8":
+        rows8.quantize_rows(x, rotation.DEFAULT)
+    else:
+        rows8.quantize_fp8(x, what, meta(dtype=torch.float32))
+
+
+def int8_product(cc: int) -> None:
+    """Every tile that the tuner may try."""
+    from flux_quant.kernels import int8
+
+    a, w, scales = meta(M, K, dtype=torch.int8), meta(N, K, dtype=torch.int8), meta(M, 1, dtype=torch.float32)
+    for config in int8.configs_for(divmod(cc, 10), M):
+        int8.int8_matmul(a, scales, w, meta(N, dtype=torch.float32), None, float_of(cc), config)
+
+
+def int8_epilogue(cc: int) -> None:
+    from flux_quant.kernels import int8
+
+    acc, a_scale, w_scale = meta(M, N, dtype=torch.int32), meta(M, 1, dtype=torch.float32), meta(N, dtype=torch.float32)
+    int8.finish(acc, a_scale, w_scale, meta(N, dtype=float_of(cc)), meta(M, N, dtype=float_of(cc)))
+
+
+def int8_aim(launch: Any) -> float:
+    """What an H200 can issue while its tensor cores multiply a weight with BM rows, at 4096 products a clock."""
+    return max(1, launch.arguments["BM"] / 32)
+
+
+def weight_tile(launch: Any, loop: bool) -> int:
+    """Weights that a turn of a loop over K handles."""
+    return launch.arguments["BN"] * launch.arguments["BK"]
+
+
+def eight_bit_cases() -> Iterator[Case]:
+    for cc in EVERY[1:]:
+        for fmt in filter(in_blocks, PACKED):
+            aim = PER_BYTE * (fmt.bits_per_weight / 8 + 1)
+            yield Case("expand8", fmt.name, cc, partial(expand, fmt), share_of_program, aim, wide_bytes(fmt))
+        for what in ["int8"] + ["row", "tensor"] * (cc >= 89):
+            for channels in (3072, 15360):
+                run = partial(quantize_rows, what, channels, cc)
+                share = partial(share_of_program, elements=N * channels)
+                yield Case("rows8", f"{what} {channels}", cc, run, share, 3 * PER_BYTE, wide=2)
+        share = partial(share_of_program, elements=M * N)
+        yield Case("int8", "epilogue", cc, partial(int8_epilogue, cc), share, 6 * PER_BYTE, wide=4)
+        if cc >= 80:
+            product = partial(int8_product, cc)
+            yield Case("int8", "product", cc, product, weight_tile, int8_aim, 1, "IG?MMA", ("BM", "BN", "BK"))
+
+
+def modulated_norm(cc: int) -> None:
+    from flux_quant.kernels import pointwise
+
+    (x, out), (shift, scale) = stream(M, K, cc, 2), stream(1, K, cc, 2)
+    pointwise.modulated_norm(x, shift, scale, EPS, out)
+
+
+def heads(cc: int, copy_v: bool) -> None:
+    from flux_quant.kernels import pointwise
+
+    (wide,), channels = stream(M, 7 * K, cc, 1), 128
+    q, k, v = (x.view(1, M, K // channels, channels) for x in stream(M, K, cc, 3))
+    scales = [meta(channels, dtype=q.dtype)] * 2
+    angles = [meta(M, channels // 2, dtype=torch.float32)] * 2
+    pointwise.heads(wide[..., : 3 * K], scales, angles, 0, EPS, q, k, v if copy_v else None)
+
+
+def gelu(cc: int) -> None:
+    from flux_quant.kernels import pointwise
+
+    (x,) = stream(M, 4 * K, cc, 1)
+    pointwise.gelu(x, x)
+
+
+def beside_gelu(cc: int) -> None:
+    """As in a single block: q, k, v and MLP in, attention and MLP out."""
+    from flux_quant.kernels import pointwise
+
+    (y,), (wide,), (out,) = (stream(M, times * K, cc, 1) for times in (1, 7, 5))
+    pointwise.beside_gelu(y, wide[..., 3 * K :], out)
+
+
+def gated_sum(cc: int) -> None:
+    from flux_quant.kernels import pointwise
+
+    (x, y), (gate,) = stream(M, K, cc, 2), stream(1, K, cc, 1)
+    pointwise.gated_sum(x, gate, y, y)
+
+
+def stream(rows: int, width: int, cc: int, count: int) -> list[Tensor]:
+    return [meta(1, rows, width, dtype=float_of(cc)) for _ in range(count)]
+
+
+def heads_tile(launch: Any, loop: bool) -> int:
+    """Elements of q, k and v that a turn of the loop over heads handles, or all its turns where it is unrolled."""
+    arguments = launch.arguments
+    return arguments["HEADS" if loop else "H"] * arguments["C"] * (3 if arguments["COPY_V"] else 2)
+
+
+def pointwise_cases() -> Iterator[Case]:
+    for cc in EVERY[1:]:
+        row = partial(share_of_program, elements=M * K)
+        yield Case("pointwise", "modulated_norm", cc, partial(modulated_norm, cc), row, 4 * PER_BYTE, wide=2)
+        yield Case("pointwise", "heads", cc, partial(heads, cc, False), heads_tile, 4 * PER_BYTE, wide=2)
+        yield Case("pointwise", "heads_and_v", cc, partial(heads, cc, True), heads_tile, 4 * PER_BYTE, wide=2)
+        mlp = partial(share_of_program, elements=4 * M * K)
+        yield Case("pointwise", "gelu", cc, partial(gelu, cc), mlp, 4 * PER_BYTE, wide=2)
+        both = partial(share_of_program, elements=5 * M * K)
+        yield Case("pointwise", "beside_gelu", cc, partial(beside_gelu, cc), both, 4 * PER_BYTE, wide=2)
+        yield Case("pointwise", "gated_sum", cc, partial(gated_sum, cc), row, 6 * PER_BYTE, wide=4)
 
 
 def example(name: str, cc: int) -> None:
@@ -99,5 +228,5 @@ def example_cases() -> Iterator[Case]:
             yield Case("example", name, cc, partial(example, name, cc), share_of_program)
 
 
-FAMILIES = (example_cases, dequant_cases)
+FAMILIES = (example_cases, dequant_cases, eight_bit_cases, pointwise_cases)
 CASES = {case.name: case for cases in FAMILIES for case in cases()}

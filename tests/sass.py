@@ -143,7 +143,7 @@ def examine(cubin: bytes) -> Report:
         file.write(cubin)
         file.flush()
         usage = output_of("cuobjdump", "-res-usage", file.name)
-        code = output_of("nvdisasm", "-c", file.name)
+        code = output_of("nvdisasm", "-c", "-ndf", file.name)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return report(code, used["REG"], used["STACK"])
 
