@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_quant.kernels.planes import Rows, e4m3, first_elements
+from flux_quant.kernels.planes import Rows, as_float, e4m3, first_elements
 
 WEIGHTS = 8192  # that a program unpacks
 WARPS = 4
@@ -26,7 +26,7 @@ def dequantize_blocks(weight, out, first_row, blocks, R: tl.constexpr, TILE: tl.
     PLANES: tl.constexpr = R.layout.planes
     for p in tl.static_range(PLANES):
         codes, scale, low = R.layout.unpack(base, block, live, p, R.planar_blocks, R.wide)
-        values = codes * scale[:, :, None]
+        values = as_float(codes, R) * scale[:, :, None]
         if R.layout.affine:
             values += low[:, :, None]
         element = first_elements(p, R)[None, :, None] + tl.arange(0, R.layout.width)[None, None, :]

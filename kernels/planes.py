@@ -4,8 +4,8 @@ A block is unpacked plane by plane. A plane is what one nibble (or two bits, or 
 holds: loading the bytes once gives every plane of them by a shift. Within a plane the elements come in G groups of W
 neighbours that share a scale, so a kernel sees, for T blocks,
 
-    codes (T, G, W) float32, integers; scale (T, G) float32; low (T, G) float32
-    value = scale * codes + low          (`low` only where the layout is `affine`, else it is zero and not to be added)
+    codes (T, G, W) uint8; scale (T, G) float32; low (T, G) float32
+    value = scale * (codes - centre) + low     (`low` only where the layout is `affine`, else it is not to be added)
 
 and group g of plane p starts at element `plane_step * p + outer * (g // inner_groups) + inner * (g % inner_groups)` of
 the block. Values are those of `codecs`, bit for bit in float32, if the compiler does not contract a * b + c.
@@ -32,12 +32,18 @@ class Layout:
     planes: int
     groups: int  # of a plane
     width: int  # of a group
+    centre: int = 0  # the code that means zero
     affine: bool = False
     plane_step: int = 0
     outer: int = 0
     inner: int = 0
     inner_groups: int = 1
     words: bool = False  # four-byte fields of native blocks are aligned: so is the length of a block
+
+    @property
+    def bias(self) -> int:
+        """The power of two in whose float32 mantissa a code finds room: see `biased`."""
+        return 128 if self.centre < 128 else 32768
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ class Rows:
         return f"{self}{self.layout}{self.layout.unpack.cache_key}"
 
 
+PACKED = tl.constexpr(not triton.knobs.runtime.interpret)  # four codes in a register; the interpreter has no assembler
+ONES = tl.constexpr(0x01010101)
+
+
 @triton.jit
 def first_elements(p: tl.constexpr, R: tl.constexpr):
     """(G,) the element of a block at which each group of plane p starts."""
@@ -102,10 +112,19 @@ def field(
 
 @triton.jit
 def bytes_of(pointers, live, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(T, GROUPS, WIDTH) uint8: the GROUPS * WIDTH bytes from each pointer on."""
-    groups = tl.arange(0, GROUPS)[None, :, None] * WIDTH
-    offsets = groups + tl.arange(0, WIDTH)[None, None, :]
-    return tl.load(pointers[:, None, None] + offsets, mask=live[:, None, None], other=0)
+    """(T, GROUPS, WIDTH) uint8: the GROUPS * WIDTH bytes from each pointer on. Loaded in pieces
+    of 32, which DRAM and caches give at least: two threads of 16 bytes, the others have other blocks."""
+    PIECE: tl.constexpr = 32 if GROUPS * WIDTH > 32 else GROUPS * WIDTH
+    PIECES: tl.constexpr = GROUPS * WIDTH // PIECE
+    offsets = tl.arange(0, PIECES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+    pieces = tl.load(pointers[:, None, None] + offsets, mask=live[:, None, None], other=0)
+    return pieces.reshape(pointers.shape[0], GROUPS, WIDTH)
+
+
+@triton.jit
+def repeated(values, TIMES: tl.constexpr):
+    """(T, G, 1, W) -> (T, G, TIMES, W)."""
+    return tl.broadcast_to(values, values.shape[0], values.shape[1], TIMES, values.shape[3])
 
 
 @triton.jit
@@ -137,9 +156,71 @@ def high_half(words):
 
 
 @triton.jit
-def as_float(codes):
-    """uint8 -> float32."""
-    return codes.to(tl.float32)
+def shifted(codes, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """uint8 -> codes >> SHIFT & MASK."""
+    if PACKED:
+        asm: tl.constexpr = f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * ONES}; }}"
+        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return codes >> SHIFT & MASK
+
+
+@triton.jit
+def with_bit(codes, high, mask, BIT: tl.constexpr):
+    """uint8 each, mask a power of two -> codes, and bit BIT where high has that of the mask."""
+    if PACKED:
+        asm: tl.constexpr = f"""{{ .reg .b32 t; and.b32 t, $2, $3; add.u32 t, t, {127 * ONES};
+            shr.b32 t, t, {7 - BIT}; lop3.b32 $0, t, {ONES << BIT}, $1, 0xEA; }}"""
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [codes, high, mask], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return codes | ((high & mask) != 0).to(tl.uint8) << BIT
+
+
+@triton.jit
+def with_two_bits(codes, high, late, p: tl.constexpr):
+    """uint8 each, late 0 or 255 -> codes, and in bits 4 and 5 those of high from 4 p on, or the next two where late."""
+    if PACKED:
+        shift: tl.constexpr = "shl.b32" if p == 0 else "shr.b32"
+        asm: tl.constexpr = f"""{{ .reg .b32 s, t; {shift} s, $2, {4 - 4 * p}; {shift} t, $2, 2;
+            lop3.b32 t, $3, t, s, 0xCA; lop3.b32 $0, t, {0x30 * ONES}, $1, 0xEA; }}"""
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [codes, high, late], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return codes | (high >> 4 * p + (late & 2) & 3) << 4
+
+
+@triton.jit
+def flipped(codes):
+    """uint8: int8 codes plus 128."""
+    if PACKED:
+        asm: tl.constexpr = "xor.b32 $0, $1, 0x80808080;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return codes ^ 128
+
+
+@triton.jit
+def biased(codes, R: tl.constexpr):
+    """uint8 codes -> float32, `R.bias` more than the code: its bits put into the mantissa of that power of two. Faster
+    than a conversion, which GPUs do at an eighth of the rate of additions."""
+    if PACKED:
+        if R.layout.bias == 128:
+            asm: tl.constexpr = """prmt.b32 $0, $4, 0x43000000, 0x7054; prmt.b32 $1, $4, 0x43000000, 0x7154;
+                prmt.b32 $2, $4, 0x43000000, 0x7254; prmt.b32 $3, $4, 0x43000000, 0x7354;"""
+        else:
+            asm: tl.constexpr = """prmt.b32 $0, $4, 0x47000000, 0x7504; prmt.b32 $1, $4, 0x47000000, 0x7514;
+                prmt.b32 $2, $4, 0x47000000, 0x7524; prmt.b32 $3, $4, 0x47000000, 0x7534;"""
+        return tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [codes], dtype=tl.float32, is_pure=True, pack=4)
+    else:
+        if R.layout.bias == 128:
+            return (codes.to(tl.uint32) << 16 | 0x43000000).to(tl.float32, bitcast=True)
+        else:
+            return (codes.to(tl.uint32) << 8 | 0x47000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_float(codes, R: tl.constexpr):
+    """uint8 codes -> float32 integers, those of `centre` being 0."""
+    return biased(codes, R) - (R.layout.bias + R.layout.centre)
 
 
 @triton.jit
@@ -154,44 +235,51 @@ def q8_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.cons
     p the plane, PLANAR the blocks of a row, or 0 where blocks are native -> codes, scale, low."""
     codes = bytes_of(field(base, block, 2, 34, 0, 32, PLANAR), live, 1, 32)
     d = half(field(base, block, 0, 34, 32, 2, PLANAR), live)
-    return codes.to(tl.int8, bitcast=True).to(tl.float32), column(d), column(d)
+    return flipped(codes), column(d), column(d)
 
 
 @triton.jit
 def q4_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16), 4 * p, 15)
     d = half(field(base, block, 0, 18, 16, 2, PLANAR), live)
-    return as_float(codes) - 8, column(d), column(d)
+    return codes, column(d), column(d)
 
 
 @triton.jit
 def q4_1(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 4, 20, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 4, 20, 0, 16, PLANAR), live, 1, 16), 4 * p, 15)
     dm = word(field(base, block, 0, 20, 16, 4, PLANAR), live, WIDE)
-    return as_float(codes), column(low_half(dm)), column(high_half(dm))
+    return codes, column(low_half(dm)), column(high_half(dm))
 
 
 @triton.jit
-def fifth_bit(words, p: tl.constexpr):
-    """(T, 1, 16) uint8, 16 or 0: bits 16 p to 16 p + 15 of each word (T,), moved to bit 4."""
-    shifts = tl.arange(0, 16)[None, None, :] + 16 * p
-    return ((words[:, None, None] >> shifts & 1) << 4).to(tl.uint8)
+def with_fifth_bit(codes, words, p: tl.constexpr):
+    """codes (T, 1, 16) uint8, and bit 4 from bits 16 p to 16 p + 15 of each word (T,)."""
+    element = tl.arange(0, 16)[None, None, :]
+    eight = (words[:, None, None] >> (element >> 3) * 8 + 16 * p).to(tl.uint8)
+    return with_bit(codes, eight, like(codes, 1 << (element & 7)), 4)
+
+
+@triton.jit
+def like(codes, values):
+    """Integers as uint8 in the shape of codes."""
+    return tl.broadcast_to(values.to(tl.uint8), codes.shape)
 
 
 @triton.jit
 def q5_0(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 6, 22, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
-    high = fifth_bit(word(field(base, block, 2, 22, 16, 4, PLANAR), live, WIDE), p)
+    codes = shifted(bytes_of(field(base, block, 6, 22, 0, 16, PLANAR), live, 1, 16), 4 * p, 15)
+    high = word(field(base, block, 2, 22, 16, 4, PLANAR), live, WIDE)
     d = half(field(base, block, 0, 22, 20, 2, PLANAR), live)
-    return as_float(codes | high) - 16, column(d), column(d)
+    return with_fifth_bit(codes, high, p), column(d), column(d)
 
 
 @triton.jit
 def q5_1(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 8, 24, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
-    high = fifth_bit(word(field(base, block, 4, 24, 16, 4, PLANAR), live, WIDE), p)
+    codes = shifted(bytes_of(field(base, block, 8, 24, 0, 16, PLANAR), live, 1, 16), 4 * p, 15)
+    high = word(field(base, block, 4, 24, 16, 4, PLANAR), live, WIDE)
     dm = word(field(base, block, 0, 24, 20, 4, PLANAR), live, WIDE)
-    return as_float(codes | high), column(low_half(dm)), column(high_half(dm))
+    return with_fifth_bit(codes, high, p), column(low_half(dm)), column(high_half(dm))
 
 
 @triton.jit
@@ -218,84 +306,88 @@ def scales_and_minimums(base, block, live, BYTES: tl.constexpr, p: tl.constexpr)
 
 @triton.jit
 def q4_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 16, 144, 16, 128, PLANAR), live, 4, 32) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 16, 144, 16, 128, PLANAR), live, 4, 32), 4 * p, 15)
     scale, low = scales_and_minimums(base, block, live, 144, p)
-    return as_float(codes), scale, low
+    return codes, scale, low
 
 
 @triton.jit
 def q5_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 48, 176, 0, 128, PLANAR), live, 4, 32) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 48, 176, 0, 128, PLANAR), live, 4, 32), 4 * p, 15)
     high = bytes_of(field(base, block, 16, 176, 0, 32, PLANAR), live, 1, 32)
-    shifts = (tl.arange(0, 4)[None, :, None] * 2 + p).to(tl.uint8)
+    bit = 1 << tl.arange(0, 4)[None, :, None] * 2 + p
     scale, low = scales_and_minimums(base, block, live, 176, p)
-    return as_float(codes | (high >> shifts & 1) << 4), scale, low
+    return with_bit(codes, like(codes, high), like(codes, bit), 4), scale, low
 
 
 @triton.jit
 def signed_byte(words, shift):
     """The byte of uint32 `words` at bit `shift`, sign-extended, float32."""
-    return (words >> shift & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True).to(tl.float32)
+    return ((words >> shift & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - (2**23 + 128)
 
 
 @triton.jit
 def q6_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
     """Group g = 4 n + 2 h + s: half n of the block, 32 elements h of the half, 16 elements s of these."""
     g = tl.arange(0, 8)[None, :]
-    codes = bytes_of(field(base, block, 0, 210, 0, 128, PLANAR), live, 8, 16) >> 4 * p & 15
-    twos = field(base, block, 128, 210, 128, 64, PLANAR)[:, None] + ((g >> 2) * 32 + (g & 1) * 16)
-    elements = tl.arange(0, 16)[None, None, :]
-    high = tl.load(twos[:, :, None] + elements, mask=live[:, None, None], other=0)
-    shifts = (4 * p + (g & 2)).to(tl.uint8)[:, :, None]
+    codes = shifted(bytes_of(field(base, block, 0, 210, 0, 128, PLANAR), live, 8, 16), 4 * p, 15)
+    high = bytes_of(field(base, block, 128, 210, 128, 64, PLANAR), live, 2, 32)
+    high = repeated(high[:, :, None, :], 2).reshape(codes.shape)
+    late = tl.where((g & 2) != 0, 255, 0)[:, :, None]
     scales = field(base, block, 192, 210, 192, 16, PLANAR)[:, None] + ((g >> 2) * 8 + 4 * p)
     d = half(field(base, block, 208, 210, 208, 2, PLANAR), live)
     scale = column(d) * signed_byte(word(scales, live[:, None], WIDE), (g & 3) * 8)
-    return as_float(codes | (high >> shifts & 3) << 4) - 32, scale, scale
+    return with_two_bits(codes, high, like(codes, late), p), scale, scale
 
 
 @triton.jit
 def q3_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
     """Group g = 2 n + s: half n of the block, 16 elements s of plane p's 32."""
     g = tl.arange(0, 4)[None, :]
-    codes = bytes_of(field(base, block, 32, 110, 0, 64, PLANAR), live, 4, 16) >> 2 * p & 3
-    mask = field(base, block, 0, 110, 64, 32, PLANAR)[:, None] + (g & 1) * 16
-    high = tl.load(mask[:, :, None] + tl.arange(0, 16)[None, None, :], mask=live[:, None, None], other=0)
-    shifts = ((g >> 1) * 4 + p).to(tl.uint8)[:, :, None]
+    codes = shifted(bytes_of(field(base, block, 32, 110, 0, 64, PLANAR), live, 4, 16), 2 * p, 3)
+    high = bytes_of(field(base, block, 0, 110, 64, 32, PLANAR), live, 1, 32)
+    high = repeated(high[:, :, None, :], 2).reshape(codes.shape)
+    bit = tl.where(g < 2, 1 << p, 16 << p)[:, :, None]
     packed = field(base, block, 96, 110, 96, 12, PLANAR)
     shift = (2 * (p % 2) + (g & 1)) * 8
     low = word(packed + 4 * (p // 2), live, WIDE)[:, None] >> shift + (g >> 1) * 4 & 15
     top = word(packed + 8, live, WIDE)[:, None] >> shift + (g >> 1) * 4 + 2 * (p // 2) & 3
     d = half(field(base, block, 108, 110, 108, 2, PLANAR), live)
     scale = column(d) * ((low | top << 4).to(tl.float32) - 32)
-    return as_float(codes | (high >> shifts & 1) << 2) - 4, scale, scale
+    return with_bit(codes, high, like(codes, bit), 2), scale, scale
 
 
 @triton.jit
 def q2_k(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
     """Groups as in Q3_K."""
     g = tl.arange(0, 4)[None, :]
-    codes = bytes_of(field(base, block, 16, 84, 0, 64, PLANAR), live, 4, 16) >> 2 * p & 3
+    codes = shifted(bytes_of(field(base, block, 16, 84, 0, 64, PLANAR), live, 4, 16), 2 * p, 3)
     pairs = field(base, block, 0, 84, 64, 16, PLANAR)[:, None] + ((g >> 1) * 8 + 4 * (p // 2))
     pair = word(pairs, live[:, None], WIDE) >> (2 * (p % 2) + (g & 1)) * 8
     dm = word(field(base, block, 80, 84, 80, 4, PLANAR), live, WIDE)
     scale = column(low_half(dm)) * (pair & 15).to(tl.float32)
-    return as_float(codes), scale, -(column(high_half(dm)) * (pair >> 4 & 15).to(tl.float32))
+    return codes, scale, -(column(high_half(dm)) * (pair >> 4 & 15).to(tl.float32))
 
 
 @triton.jit
 def table_values(codes):
-    """Codes 0-15 of IQ4 -> ggml's kvalues_iq4nl, float32, without a table: a polynomial of degree 4 through the codes
-    misses them by at most 0.44, so rounding it gives them exactly. Adding 1.5 * 2**23 rounds to an integer."""
-    x = codes.to(tl.float32)
-    t = tl.fma(tl.full(x.shape, 0.001448, tl.float32), x, 0.036273)
-    t = tl.fma(t, x, -1.4386)
-    t = tl.fma(t, x, 24.501)
-    return tl.fma(t, x, 12582912.0 - 127) - 12582912.0
+    """Codes 0-15 of IQ4 -> ggml's kvalues_iq4nl plus 128, uint8. The table lies in four words, a byte each."""
+    if PACKED:  # a byte of two words is picked with three bits of a code, from those of both pairs with the fourth
+        asm: tl.constexpr = """{ .reg .b32 s, t, low, high;
+            shr.b32 t, $1, 4; or.b32 t, t, $1; prmt.b32 s, t, 0, 0x4420; and.b32 t, s, 0x7777;
+            prmt.b32 low, 0x3F2D1801, 0x766A5D4F, t; prmt.b32 high, 0xA6998D81, 0xF1D9C5B5, t;
+            shr.b32 t, s, 1; and.b32 t, t, 0x4444; or.b32 t, t, 0x3210; prmt.b32 $0, low, high, t; }"""
+        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        first = tl.where((codes & 4) != 0, 0x766A5D4F, 0x3F2D1801)
+        last = tl.where((codes & 4) != 0, 0xF1D9C5B5, 0xA6998D81)
+        words = tl.where((codes & 8) != 0, last, first).to(tl.uint32)
+        return (words >> (codes & 3).to(tl.uint32) * 8 & 0xFF).to(tl.uint8)
 
 
 @triton.jit
 def iq4_nl(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
-    codes = bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 2, 18, 0, 16, PLANAR), live, 1, 16), 4 * p, 15)
     d = half(field(base, block, 0, 18, 16, 2, PLANAR), live)
     return table_values(codes), column(d), column(d)
 
@@ -303,7 +395,7 @@ def iq4_nl(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.co
 @triton.jit
 def iq4_xs(base, block, live, p: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr):
     g = tl.arange(0, 8)[None, :]
-    codes = bytes_of(field(base, block, 8, 136, 0, 128, PLANAR), live, 8, 16) >> 4 * p & 15
+    codes = shifted(bytes_of(field(base, block, 8, 136, 0, 128, PLANAR), live, 8, 16), 4 * p, 15)
     head = field(base, block, 0, 136, 0, 8, PLANAR)
     first = word(head, live, True)
     low = word(head + 4, live, True)[:, None] >> 4 * g & 15
@@ -326,23 +418,29 @@ def e4m3(codes, NATIVE: tl.constexpr):
 
 
 LAYOUTS = {
-    "q8_0": Layout(q8_0, 32, 34, planes=1, groups=1, width=32),
+    "q8_0": Layout(q8_0, 32, 34, planes=1, groups=1, width=32, centre=128),
     "q5_1": Layout(q5_1, 32, 24, planes=2, groups=1, width=16, affine=True, plane_step=16, words=True),
-    "q5_0": Layout(q5_0, 32, 22, planes=2, groups=1, width=16, plane_step=16),
+    "q5_0": Layout(q5_0, 32, 22, planes=2, groups=1, width=16, centre=16, plane_step=16),
     "q4_1": Layout(q4_1, 32, 20, planes=2, groups=1, width=16, affine=True, plane_step=16, words=True),
-    "q4_0": Layout(q4_0, 32, 18, planes=2, groups=1, width=16, plane_step=16),
-    "iq4_nl": Layout(iq4_nl, 32, 18, planes=2, groups=1, width=16, plane_step=16),
-    "q6_k": Layout(q6_k, 256, 210, planes=2, groups=8, width=16, plane_step=64, outer=128, inner=16, inner_groups=4),
+    "q4_0": Layout(q4_0, 32, 18, planes=2, groups=1, width=16, centre=8, plane_step=16),
+    "iq4_nl": Layout(iq4_nl, 32, 18, planes=2, groups=1, width=16, centre=128, plane_step=16),
+    "q6_k": Layout(
+        q6_k, 256, 210, planes=2, groups=8, width=16, centre=32, plane_step=64, outer=128, inner=16, inner_groups=4
+    ),
     "q5_k": Layout(
         q5_k, 256, 176, planes=2, groups=4, width=32, affine=True, plane_step=32, outer=64, words=True
     ),
     "q4_k": Layout(
         q4_k, 256, 144, planes=2, groups=4, width=32, affine=True, plane_step=32, outer=64, words=True
     ),
-    "q3_k": Layout(q3_k, 256, 110, planes=4, groups=4, width=16, plane_step=32, outer=128, inner=16, inner_groups=2),
+    "q3_k": Layout(
+        q3_k, 256, 110, planes=4, groups=4, width=16, centre=4, plane_step=32, outer=128, inner=16, inner_groups=2
+    ),
     "q2_k": Layout(
         q2_k, 256, 84, planes=4, groups=4, width=16, affine=True, plane_step=32, outer=128, inner=16, inner_groups=2,
         words=True,
     ),
-    "iq4_xs": Layout(iq4_xs, 256, 136, planes=2, groups=8, width=16, plane_step=16, outer=32, words=True),
+    "iq4_xs": Layout(
+        iq4_xs, 256, 136, planes=2, groups=8, width=16, centre=128, plane_step=16, outer=32, words=True
+    ),
 }  # fmt: skip
