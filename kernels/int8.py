@@ -48,9 +48,9 @@ CONFIGS = {  # lowest compute capability -> candidates, those for many rows firs
     (9, 0): (  # wgmma, 227 KB
         Config(128, 256, 128, 8, 4),
         Config(256, 128, 128, 8, 4),
-        Config(128, 256, 128, 8, 3),
-        Config(128, 128, 128, 4, 4),
-        Config(64, 256, 128, 4, 4),
+        Config(128, 128, 128, 8, 3),  # two programs of these on a multiprocessor
+        Config(128, 128, 128, 4, 3),
+        Config(64, 256, 128, 4, 3),
         Config(64, 128, 128, 4, 4),
         Config(64, 64, 256, 4, 4),
         Config(16, 128, 128, 4, 5),

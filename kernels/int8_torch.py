@@ -22,6 +22,7 @@ TOP = 127.0
 TINY = 1e-30  # rows of smaller magnitudes count as zeros: their inverse scale would overflow
 LONGEST = (2**31 - 1) // 127**2  # channels with which an int32 accumulator cannot overflow
 SLICE_BYTES = 32 << 20  # of float32 weight that is requantized at a time, of int32 accumulators of `int_mm`
+CAPABILITIES = {"triton": (8, 13), "tma": (9, 10)}  # major numbers, from and below, for which kernels were compiled
 FEWEST = 17  # rows that torch._int_mm takes on CUDA
 PADDED = 32  # rows it gets instead of fewer
 
@@ -118,13 +119,14 @@ def slices(length: int, bytes_each: int, multiple: int = 1) -> list[tuple[int, i
 def obstacle(way: str, capability: tuple[int, int] | None, rows: int, columns: int, channels: int) -> str | None:
     """Why an int8 product (rows, channels) x (columns, channels) cannot be computed in this way; None if it can.
 
-    `way` is "int_mm" or "triton", `capability` that of the CUDA device, None for a CPU.
+    `way` is "int_mm", "triton" or "tma", `capability` that of the CUDA device, None for a CPU.
     """
     if channels > LONGEST:
         return f"{channels} channels may overflow int32; at most {LONGEST}"
-    if way == "triton":
-        if capability is None or capability < (8, 0):
-            return "Triton multiplies int8 on CUDA devices from compute capability 8.0 only"
+    if way in CAPABILITIES:
+        low, below = CAPABILITIES[way]
+        if capability is None or not (low, 0) <= capability < (below, 0):
+            return f"{way} multiplies int8 on compute capabilities {low}.0 to {below - 1}.x only"
         return f"{channels} channels are not a multiple of 16" if channels % 16 or not channels else None
     if capability is None:
         return None

@@ -149,6 +149,10 @@ OBSTACLES = [  # way, compute capability, rows, columns, channels -> words of th
     ("triton", (7, 5), 64, 64, 64, "8.0"),
     ("triton", None, 64, 64, 64, "8.0"),
     ("triton", (9, 0), 64, 64, 40, "multiple of 16"),
+    ("tma", (9, 0), 1, 3, 32, None),
+    ("tma", (8, 9), 64, 64, 64, "9.0 to 9.x"),
+    ("tma", (10, 0), 64, 64, 64, "9.0 to 9.x"),
+    ("tma", (9, 0), 64, 64, 40, "multiple of 16"),
 ]
 
 
@@ -275,6 +279,22 @@ def test_triton_accumulates_exactly(rows, number, kernel_device):
         assert np.array_equal(y.cpu().numpy(), accumulators(a, w))
 
 
+@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize("rows", ROWS)
+def test_triton_programs_that_stay(rows, programs, kernel_device):
+    from flux_quant.kernels import int8, int8_tma
+
+    if kernel_device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("compute capability 9.0 only")
+    config = int8.Config(16, 32, 64, 1, 2) if kernel_device == "cpu" else int8_tma.CONFIGS[-1]
+    for columns, channels in ((16, 32), (40, 96), (33, 224)):
+        wide = integers(rows, channels + 8).to(kernel_device)
+        operands = wide[:, 3:][:, :channels], torch.ones(rows, 1), integers(columns, channels), torch.ones(columns)
+        operands = [tensor.to(kernel_device) for tensor in operands]
+        y = int8_tma.int8_matmul_tma(*operands, None, torch.float32, config, programs)
+        assert np.array_equal(y.cpu().numpy(), accumulators(operands[0], operands[2]))
+
+
 def test_triton_order_of_tiles(kernel_device):
     """More tiles than a group is high, in both directions."""
     from flux_quant.kernels import int8
@@ -312,6 +332,9 @@ def test_triton_configs():
         assert all(config.shared_bytes <= limits[capability] for config in configs)
         for rows in (1, 16, 77, 512, 4608):
             assert int8.configs_for(capability, rows)
+    from flux_quant.kernels import int8_tma
+
+    assert all(config.shared_bytes <= limits[9, 0] for config in int8_tma.CONFIGS)
     assert {config.bm for config in int8.configs_for((8, 9), 5)} == {16}
     assert int8.configs_for((8, 9), 4608) == int8.CONFIGS[8, 6]
 
@@ -356,7 +379,7 @@ def test_triton_expansion_is_checked(kernel_device):
 @pytest.mark.gpu
 def test_on_the_device():
     """Every configuration at FLUX's sizes, in bfloat16, against torch._int_mm."""
-    from flux_quant.kernels import int8, rows8
+    from flux_quant.kernels import int8, int8_tma, rows8
 
     capability = torch.cuda.get_device_capability()
     for rows, columns, channels in ((16, 3072, 3072), (77, 9216, 3072), (512, 3072, 15360), (4608, 3072, 3072)):
@@ -371,13 +394,13 @@ def test_on_the_device():
         ones = torch.ones_like(scale), weight[0], torch.ones_like(weight[1])
         exact = int8_torch.int_mm(codes, *ones, None, torch.float32)
         dense = torch.nn.functional.linear(x.float(), w.float(), bias.float())
-        for way in ("int_mm", "triton"):
+        y = int8_torch.int_mm(codes, scale, *weight, bias, torch.bfloat16, finish=int8.finish)
+        assert relative(y, dense) < 0.02
+        ways = {"triton": (int8.int8_matmul, int8.configs_for(capability, rows))}
+        ways |= {"tma": (int8_tma.int8_matmul_tma, int8_tma.CONFIGS)}
+        for way, (multiply, configs) in ways.items():
             if int8_torch.obstacle(way, capability, rows, columns, channels):
                 continue
-            for config in int8.configs_for(capability, rows) if way == "triton" else (None,):
-                if way == "triton":
-                    assert torch.equal(int8.int8_matmul(codes, *ones, None, torch.float32, config), exact)
-                    y = int8.int8_matmul(codes, scale, *weight, bias, torch.bfloat16, config)
-                else:
-                    y = int8_torch.int_mm(codes, scale, *weight, bias, torch.bfloat16, finish=int8.finish)
-                assert relative(y.cpu(), dense.cpu()) < 0.02
+            for config in configs:
+                assert torch.equal(multiply(codes, *ones, None, torch.float32, config), exact)
+                assert relative(multiply(codes, scale, *weight, bias, torch.bfloat16, config), dense) < 0.02
