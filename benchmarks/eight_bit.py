@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from flux_quant.benchmarks.demo import GUIDANCE, PROMPTS, SIZE
 from flux_quant.benchmarks.machine import write_result
 from flux_quant.benchmarks.metrics import psnr
+from flux_quant.codecs.int8 import quantize_rows
+from flux_quant.codecs.rotation import group_for
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.formats import FORMATS
 from flux_quant.kernels import fp8, int8_torch
-from flux_quant.kernels.rotation import group_for
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux
@@ -51,7 +52,7 @@ def int8_by(group: int) -> Way:
     def prepare(weight: Tensor, largest: Tensor) -> Multiply:
         fits = group_for(weight.shape[1], group)
         w = int8_torch.weight_rows(FORMATS["f32"], (weight,), fits)
-        return lambda x: int8_torch.int_mm(*int8_torch.quantize_rows(x, fits), *w, None, torch.float32)
+        return lambda x: int8_torch.int_mm(*quantize_rows(x, fits), *w, None, torch.float32)
 
     return prepare
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_quant.kernels.planes import Rows
-from flux_quant.kernels.rotation import check_group
+from flux_quant.codecs.rotation import check_group
+from flux_quant.kernels.planes import Rows, as_float
 from flux_quant.kernels.rows8 import int8_codes, rotated
 
 WEIGHTS = 4096  # that a program expands, 32 per thread
@@ -23,7 +23,7 @@ MAX_OFFSET = 2**31  # offsets are computed in 32 bits
 def plane(base, block, live, inverse, p: tl.constexpr, R: tl.constexpr):
     """(x, plane_step) float32: the elements of plane p in runs of neighbours, over their row's scale."""
     codes, scale, low = R.layout.unpack(base, block, live, p, R.planar_blocks, R.wide)
-    values = codes * (scale * inverse[:, None])[:, :, None]
+    values = as_float(codes, R) * (scale * inverse[:, None])[:, :, None]
     if R.layout.affine:
         values += (low * inverse[:, None])[:, :, None]
     STEP: tl.constexpr = R.layout.plane_step if R.layout.planes > 1 else R.layout.width

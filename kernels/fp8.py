@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flux_quant.codecs.fp8 import LARGEST, cast
+from flux_quant.codecs.int8 import TINY
 from flux_quant.formats import QuantFormat
-from flux_quant.kernels.int8_torch import TINY, describe, pieces
+from flux_quant.kernels.int8_torch import describe, pieces
 
 WAYS = ("tensor", "row")
 MULTIPLE = 16  # of K and N: what cuBLASLt takes
@@ -140,8 +141,12 @@ def check_operands(
     if w_scale.dtype != torch.float32 or w_scale.numel() not in ((1,) if way == "tensor" else (1, len(w))):
         remedy = "; requantize it with fp8_rows(fmt, parts, 'tensor')" if way == "tensor" else ""
         raise ValueError(f"scale of {len(w)} rows by {way}: {describe(w_scale)}{remedy}")
-    if input_scale is not None and (way != "tensor" or input_scale.numel() != 1):
-        raise ValueError(f"a static scale belongs to a whole tensor; by {way}, got {describe(input_scale)}")
+    if input_scale is not None and (way != "tensor" or input_scale.numel() != 1 or input_scale.dtype != torch.float32):
+        raise ValueError(f"a static scale is one float32 for a whole tensor; by {way}, got {describe(input_scale)}")
+    others = {"w": w, "w_scale": w_scale, "bias": bias, "input_scale": input_scale}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, the activations are on {x.device}")
     if bias is not None and bias.shape != (len(w),):
         raise ValueError(f"bias of {len(w)} outputs has shape {tuple(bias.shape)}")
 

@@ -5,8 +5,7 @@
     y = int_mm(codes, scale, weight, weight_scale, bias, torch.float16)
 
 The product is exact in int32, so every way of computing it gives the same accumulators; both scales and the bias are
-applied to them in float32. Codes are symmetric, -127 to 127: the rows of activations and weights have no zero point.
-A row with NaN or infinity gets the scale NaN (its codes mean nothing), so all its outputs are NaN, whatever the
+applied to them in float32. A row of activations with NaN or infinity gives NaN in all its outputs, whatever the
 weights: where a linear in 16 bits shows NaN or infinity, this one shows NaN.
 """
 
@@ -15,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flux_quant.codecs.int8 import TOP, quantize_rows
+from flux_quant.codecs.rotation import rotate
 from flux_quant.formats import QuantFormat
-from flux_quant.kernels.rotation import rotate
 
-TOP = 127.0
-TINY = 1e-30  # rows of smaller magnitudes count as zeros: their inverse scale would overflow
 LONGEST = (2**31 - 1) // 127**2  # channels with which an int32 accumulator cannot overflow
 SLICE_BYTES = 32 << 20  # of float32 weight that is requantized at a time, of int32 accumulators of `int_mm`
 CAPABILITIES = {"triton": (8, 13), "tma": (9, 10)}  # major numbers, from and below, for which kernels were compiled
@@ -27,18 +25,6 @@ FEWEST = 17  # rows that torch._int_mm takes on CUDA
 PADDED = 32  # rows it gets instead of fewer
 
 Finish = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
-
-
-def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """x (M, K) float -> codes of x R (M, K) int8, scale (M, 1) float32; R rotates groups of `group` channels.
-
-    Rounds half to even. The largest magnitude of a row is 127 steps.
-    """
-    y = rotate(x, group)
-    largest = y.abs().amax(dim=1, keepdim=True).clamp(min=TINY) if y.numel() else y.new_full((len(x), 1), TINY)
-    sound = largest.isfinite()
-    codes = torch.where(sound, (y * (TOP / largest)).round(), 0)
-    return codes.to(torch.int8), torch.where(sound, largest / TOP, torch.nan)
 
 
 def weight_rows(fmt: QuantFormat, parts: Sequence[Tensor], group: int) -> tuple[Tensor, Tensor]:
@@ -68,11 +54,6 @@ def pieces(fmt: QuantFormat, parts: Sequence[Tensor]) -> Iterator[tuple[slice, l
 def codes_for(values: Tensor, scale: Tensor, group: int) -> Tensor:
     """W (N, K) float, its scale (N,) from `weight_rows` -> codes of W R (N, K) int8."""
     return (rotate(values, group) / scale[:, None]).nan_to_num(0).round().clamp(-TOP, TOP).to(torch.int8)
-
-
-def unpack_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:
-    """What `weight_rows` gave -> the weight (N, K) float32 in its own channels again."""
-    return rotate(codes.float() * scale[:, None], group)
 
 
 def int_mm(

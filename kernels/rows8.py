@@ -2,7 +2,7 @@
 
 int8 after the rotation of `rotation.py`, or e4m3 (from compute capability 8.9 on; a scale per row, or one that is
 given). A row lies in the registers of one program as a whole: it is rotated, its largest magnitude found, and its codes
-written. Matches `int8_torch.quantize_rows` and `fp8.quantize`, rows with NaN or infinity included.
+written. Matches `codecs.int8.quantize_rows` and `fp8.quantize`, rows with NaN or infinity included.
 """
 
 import torch
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flux_quant.codecs.int8 import TINY, TOP
+from flux_quant.codecs.rotation import check_group
 from flux_quant.kernels.fp8 import tensor_scale
-from flux_quant.kernels.int8_torch import TINY, TOP
-from flux_quant.kernels.rotation import check_group
 
 LARGEST = tl.constexpr(448.0)
 INT8_TOP = tl.constexpr(TOP)

@@ -127,6 +127,8 @@ def test_operands_are_checked():
         ((x, w, w_scale, bias[:5], torch.float32, "row"), "bias of 48"),
         ((x, w, w_scale, bias, torch.float32, "row", one), "static scale"),
         ((x, w, one, bias, torch.float32, "tensor", w_scale), "static scale"),
+        ((x, w, one, bias, torch.float32, "tensor", one.half()), "one float32"),
+        ((x, w, w_scale, bias.to("meta"), torch.float32, "row"), "bias is on meta"),
     ):
         with pytest.raises(ValueError, match=words):
             fp8.fp8_linear(*wrong)

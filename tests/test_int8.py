@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from flux_quant.codecs.int8 import quantize_rows, unpack_rows
 from flux_quant.codecs.planar import FIELDS, to_planar
+from flux_quant.codecs.rotation import GROUPS, check_group, group_for, matrix, rotate
 from flux_quant.formats import FORMATS
 from flux_quant.kernels import int8_torch
-from flux_quant.kernels.rotation import GROUPS, check_group, group_for, matrix, rotate
 
 ROWS = (0, 1, 2, 7, 16, 17, 33)
 BLOCKS = [name for name, fmt in FORMATS.items() if fmt.block > 1]
@@ -62,20 +63,20 @@ def test_groups_fit_the_channels():
 
 def test_rows_are_rounded_half_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -0.5, 126.5, -3.51, 0.49]])
-    codes, scale = int8_torch.quantize_rows(x, 1)
+    codes, scale = quantize_rows(x, 1)
     assert codes.tolist() == [[127, 0, 2, -2, 0, 126, -4, 0]] and scale.item() == 1
 
 
 @pytest.mark.parametrize("group", [0, 16, 256])
 def test_rows_use_all_127_steps(group):
     x = random(17, 512)
-    codes, scale = int8_torch.quantize_rows(x, group)
+    codes, scale = quantize_rows(x, group)
     y = rotate(x, group).numpy()
     largest = np.abs(y).max(axis=1, keepdims=True)
     assert np.array_equal(codes.numpy(), np.rint(y * (np.float32(127) / largest)))
     assert codes.abs().amax(dim=1).eq(127).all()
     np.testing.assert_allclose(scale.numpy(), largest / 127, rtol=1e-7)
-    assert int8_torch.quantize_rows(x[:0], group)[1].shape == (0, 1)
+    assert quantize_rows(x[:0], group)[1].shape == (0, 1)
 
 
 STRANGE = {"zero": 0.0, "tiny": 1e-35, "large": 3e38}
@@ -96,7 +97,7 @@ def check_strange_rows(codes: Tensor, scale: Tensor) -> None:
     lost = torch.zeros(len(scale), dtype=torch.bool)
     lost[2 * len(STRANGE) + 1 :: 2] = True
     assert torch.equal(scale[:, 0].isnan(), lost)
-    expected_codes, expected_scale = int8_torch.quantize_rows(random(*codes.shape), 1)
+    expected_codes, expected_scale = quantize_rows(random(*codes.shape), 1)
     assert torch.equal(codes[::2], expected_codes[::2]) and torch.equal(scale[::2], expected_scale[::2])
     assert codes[1].eq(0).all() and codes[3].eq(0).all() and codes[5].eq(127).all()
     w, w_scale = integers(8, 256), torch.ones(8)
@@ -106,7 +107,7 @@ def check_strange_rows(codes: Tensor, scale: Tensor) -> None:
 
 
 def test_strange_rows():
-    check_strange_rows(*int8_torch.quantize_rows(strange_rows(), 1))
+    check_strange_rows(*quantize_rows(strange_rows(), 1))
 
 
 @pytest.mark.parametrize("columns", [1, 40, 136])
@@ -184,7 +185,7 @@ def test_weights_of_every_format(fmt, monkeypatch):
     codes, scale = int8_torch.weight_rows(fmt, parts, 256)
     weight = fmt.unpack(*parts)
     assert codes.shape == (21, 512) and codes.dtype == torch.int8 and scale.shape == (21,)
-    assert relative(int8_torch.unpack_rows(codes, scale, 256), weight) < 0.01
+    assert relative(unpack_rows(codes, scale, 256), weight) < 0.01
     assert (int8_torch.codes_for(weight, scale, 256) != codes).float().mean() < 1e-3  # ties of the division
     monkeypatch.setattr(int8_torch, "SLICE_BYTES", 5 * 512 * 4)
     sliced = int8_torch.weight_rows(fmt, parts, 256)
@@ -195,7 +196,7 @@ def test_weights_of_every_format(fmt, monkeypatch):
 
 def product(x: Tensor, w: Tensor, group: int) -> Tensor:
     return int8_torch.int_mm(
-        *int8_torch.quantize_rows(x, group),
+        *quantize_rows(x, group),
         *int8_torch.weight_rows(FORMATS["f32"], (w,), group),
         None,
         torch.float32,
@@ -232,7 +233,7 @@ def test_triton_rows(dtype, channels, group, kernel_device):
     x = random(5, channels).to(dtype)
     x[2] *= 100
     codes, scale = rows8.quantize_rows(x.to(kernel_device), group)
-    expected_codes, expected_scale = int8_torch.quantize_rows(x, group)
+    expected_codes, expected_scale = quantize_rows(x, group)
     nearly_equal_codes(codes, expected_codes)
     torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-6, atol=0)
 
@@ -243,7 +244,7 @@ def test_triton_rows_of_any_length_and_place(kernel_device):
     wide = random(7, 200).to(kernel_device)
     for x in (wide[:, 3:99], wide[1::2, 8:72], wide.t()[:64].t()[:, :48], wide[:0], wide[:, :7]):
         codes, scale = rows8.quantize_rows(x, 0)
-        expected = int8_torch.quantize_rows(x.cpu(), 0)
+        expected = quantize_rows(x.cpu(), 0)
         assert codes.shape == x.shape and scale.shape == (len(x), 1)
         assert torch.equal(codes.cpu(), expected[0])
         torch.testing.assert_close(scale.cpu(), expected[1], rtol=1e-6, atol=0)
@@ -387,7 +388,7 @@ def test_on_the_device():
             t.to("cuda", torch.bfloat16) for t in (random(rows, channels), random(columns, channels), random(columns))
         )
         codes, scale = rows8.quantize_rows(x, 256)
-        expected_codes, expected_scale = int8_torch.quantize_rows(x, 256)
+        expected_codes, expected_scale = quantize_rows(x, 256)
         nearly_equal_codes(codes, expected_codes)
         torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
         weight = int8_torch.weight_rows(FORMATS["bf16"], (w,), 256)
