@@ -25,6 +25,7 @@ class Config:
     bk: int
     warps: int
     stages: int
+    programs: int = 1  # on a multiprocessor, where they stay: see `int8_tma`
 
     @property
     def shared_bytes(self) -> int:
@@ -45,11 +46,13 @@ MMA = (  # mma.sync with at most 99 KB of shared memory: 8.6, 8.9, 12.0; 8.0 tak
 CONFIGS = {  # lowest compute capability -> candidates, those for many rows first
     (8, 0): (Config(128, 256, 128, 8, 3), *MMA[:2], *MMA[3:]),  # 163 KB
     (8, 6): MMA,
-    (9, 0): (  # wgmma, 227 KB
-        Config(128, 256, 128, 8, 4),
-        Config(256, 128, 128, 8, 4),
-        Config(128, 128, 128, 8, 3),  # two programs of these on a multiprocessor
+    # wgmma, 227 KB. Triton 3.6 waits for every wgmma whose sums are not float32 (WGMMAPipeline.cpp, rule 2.1): tensor
+    # cores rest between steps unless a second program on the multiprocessor has work for them. So small tiles first.
+    (9, 0): (
+        Config(128, 128, 128, 8, 3),
         Config(128, 128, 128, 4, 3),
+        Config(128, 256, 128, 8, 4),
+        Config(128, 128, 256, 8, 3),
         Config(64, 256, 128, 4, 3),
         Config(64, 128, 128, 4, 4),
         Config(64, 64, 256, 4, 4),

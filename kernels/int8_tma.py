@@ -1,7 +1,7 @@
 """Triton: the int8 product for Hopper, its tiles fetched by the copy engine (TMA), programs that stay.
 
-One program per multiprocessor computes one tile after the other, so that the first tiles of the next product are on
-their way while the last one is scaled and stored; addresses are the copy engine's work. The same result as
+As many programs as find room at once compute one tile after the other, so that the first tiles of the next product are
+on their way while the last one is scaled and stored; addresses are the copy engine's work. The same result as
 `int8.int8_matmul`, bit for bit up to the compiler's contraction of the bias.
 """
 
@@ -15,11 +15,10 @@ from flux_quant.kernels.int8 import GROUP_M, Config, scaled
 from flux_quant.kernels.int8_torch import check_operands, refuse
 
 CONFIGS = (
+    Config(128, 128, 128, 4, 3, programs=2),
     Config(128, 256, 128, 8, 3),
     Config(128, 256, 128, 8, 4),
     Config(256, 128, 128, 8, 3),
-    Config(128, 128, 128, 8, 4),
-    Config(128, 128, 128, 4, 3),
 )
 
 
@@ -70,7 +69,7 @@ def int8_matmul_tma(
     config: Config = CONFIGS[0],
     programs: int | None = None,
 ) -> Tensor:
-    """As `int8.int8_matmul`, on compute capability 9.0; `programs`: one per multiprocessor if not given."""
+    """As `int8.int8_matmul`, on compute capability 9.0; `programs`: as many as find room at once if not given."""
     check_operands(a, a_scale, w, w_scale, bias)
     (rows, channels), columns = a.shape, w.shape[0]
     on_cpu = a.device.type == "cpu"  # in the interpreter, which takes anything
@@ -80,7 +79,7 @@ def int8_matmul_tma(
     if not out.numel():
         return out
     if programs is None:
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count * config.programs
     tiles = triton.cdiv(rows, config.bm) * triton.cdiv(columns, config.bn)
     persistent_kernel[(min(programs, tiles),)](
         descriptor(a, config.bm, config.bk),
