@@ -10,15 +10,16 @@ A new format is two functions in `codecs/` and a row here; the tests walk this t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from flux_quant.codecs import fp8, iq4, kquants, legacy, plain, planar
+from flux_quant.codecs import fp8, int8, iq4, kquants, legacy, plain, planar
 from flux_quant.codecs.choice import Choice
+from flux_quant.codecs.rotation import group_for
 from flux_quant.codecs.search import SEARCHES, choose, element_weights
 
 Shape = tuple[int, ...]
@@ -50,6 +51,8 @@ class QuantFormat:
     search: Callable[..., tuple[Tensor, ...]] | None = None  # (weight, importance=None) -> parts
     store: Callable[[Choice], Tensor] | None = None  # blocks as a search chose them -> (n, bytes)
     native: str = ""  # of planar rows: the name of the format in whose bytes they are written to files
+    compute: str = "16-bit"  # what a linear layer multiplies: 16-bit (or 32-bit) floats, int8 or fp8
+    base: str = ""  # of a format with 8-bit compute: the format that the first parts are in, without what compute adds
 
     def fits(self, shape: Shape) -> bool:
         return self.block == 1 or (len(shape) >= 2 and shape[-1] % self.block == 0)
@@ -87,6 +90,10 @@ def scalar_shape(shape: Shape) -> Shape:
 
 def column_shape(shape: Shape) -> Shape:
     return (shape[0], *(1 for _ in shape[1:]))
+
+
+def rows_shape(shape: Shape) -> Shape:
+    return shape[:1]
 
 
 def bytes_per_row(block: int, nbytes: int, shape: Shape) -> Shape:
@@ -140,9 +147,40 @@ def planar_format(fmt: QuantFormat) -> QuantFormat:
     return QuantFormat(f"{fmt.name} planar", fmt.block, fmt.parts, pack, unpack, native=fmt.name)
 
 
+def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) float -> codes (N, K) int8, rotated in groups as large as K allows, and scale (N,) float32."""
+    codes, scale = int8.quantize_rows(weight, group_for(weight.shape[1]))
+    return codes, scale[:, 0].clone()
+
+
+def unpack_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    return int8.unpack_rows(codes, scale, group_for(codes.shape[1]))
+
+
+def computed_in_int8(fmt: QuantFormat) -> QuantFormat:
+    """A packed weight that is expanded to int8 rows when it is used: its parts, and the scales of those rows."""
+
+    def pack(weight: Tensor) -> tuple[Tensor, ...]:
+        parts = fmt.pack(weight)
+        return *parts, pack_int8(fmt.unpack(*parts))[1]
+
+    def unpack(*parts: Tensor) -> Tensor:
+        return fmt.unpack(*parts[:-1])
+
+    parts = (*fmt.parts, Part("int8_scale", torch.float32, rows_shape))
+    name = f"{fmt.name} as int8"
+    return QuantFormat(name, fmt.block, parts, pack, unpack, native=fmt.native, compute="int8", base=fmt.name)
+
+
+def computed_in_fp8(fmt: QuantFormat) -> QuantFormat:
+    return replace(fmt, name=f"{fmt.name} as fp8", compute="fp8", base=fmt.name)
+
+
 FP8_DATA = Part("weight", torch.float8_e4m3fn, same_shape)
 FP8_SCALE = Part("weight_scale", torch.float32, scalar_shape)
 FP8_ROW_SCALE = Part("weight_scale", torch.float32, column_shape)
+INT8_DATA = Part("weight", torch.int8, same_shape)
+INT8_SCALE = Part("weight_scale", torch.float32, rows_shape)
 
 FORMATS: dict[str, QuantFormat] = {
     fmt.name: fmt
@@ -167,10 +205,17 @@ FORMATS: dict[str, QuantFormat] = {
     )
 }
 
+PLANAR = tuple(planar_format(FORMATS[name]) for name in planar.FIELDS)
+FP8_ROWS = QuantFormat("fp8_rows", 1, (FP8_DATA, FP8_ROW_SCALE), fp8.pack_rows, fp8.unpack_scaled)
+INT8_ROWS = QuantFormat("int8_rows", 1, (INT8_DATA, INT8_SCALE), pack_int8, unpack_int8, compute="int8")
+
 IN_MEMORY: dict[str, QuantFormat] = {
     fmt.name: fmt
     for fmt in (
-        *(planar_format(FORMATS[name]) for name in planar.FIELDS),
-        QuantFormat("fp8_rows", 1, (FP8_DATA, FP8_ROW_SCALE), fp8.pack_rows, fp8.unpack_scaled),
+        *PLANAR,
+        FP8_ROWS,
+        INT8_ROWS,
+        *(computed_in_int8(fmt) for fmt in (*FORMATS.values(), *PLANAR) if fmt.block > 1 and fmt.bits_per_weight < 8),
+        *(computed_in_fp8(fmt) for fmt in (FORMATS["fp8"], FORMATS["fp8_plain"], FP8_ROWS)),
     )
 }

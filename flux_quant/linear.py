@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.codecs import planar
-from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
-from flux_quant.kernels import cpu_quantize, dispatch
+from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat, format_named
+from flux_quant.kernels import cpu_quantize, dispatch, eight_bit
 from flux_quant.kernels.packed import check_parts
+
+COMPUTES = ("16-bit", "int8", "fp8")
+MULTIPLE = 16  # of inputs and outputs: what 8-bit products take
 
 Adapter = Callable[[Tensor], Tensor]  # x (..., K) -> (..., N), in x's dtype
 
@@ -89,13 +92,41 @@ class QuantLinear(nn.Module):
             self.fmt = repacked
         return self
 
+    def set_compute_(self, compute: str) -> bool:
+        """See `set_compute_` of the module -> whether anything changed."""
+        if compute == self.fmt.compute or compute != "16-bit" and not self.takes_eight_bits():
+            return False
+        if self.fmt.compute != "16-bit":
+            if not self.fmt.base:
+                raise ValueError(f"the weight has been requantized to {self.fmt.name}; load it again for {compute}")
+            base = format_named(self.fmt.base)
+            self.replace_parts(base, self.parts[: len(base.parts)])
+        if compute != "16-bit":
+            name, parts = eight_bit.prepared(self.fmt, self.parts, compute)
+            self.replace_parts(format_named(name), parts)
+        return True
+
+    def takes_eight_bits(self) -> bool:
+        return self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
+
+    def replace_parts(self, fmt: QuantFormat, parts: Sequence[Tensor]) -> None:
+        for part in self.fmt.parts:
+            del self._buffers[part.suffix]
+        self.fmt = fmt
+        for part, tensor in zip(fmt.parts, parts, strict=True):
+            self.register_buffer(part.suffix, tensor)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fmt.base:
+            destination.pop(f"{prefix}int8_scale", None)
         if self.fmt.native:
             destination[f"{prefix}weight"] = planar.to_native(self.fmt.native, self.weight)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         name = f"{prefix}weight"
+        if name in state_dict and self.fmt.compute != "16-bit":
+            raise RuntimeError(f"{prefix[:-1]} computes in {self.fmt.compute}: load weights first, then set_compute_")
         if self.fmt.native and name in state_dict:
             state_dict = {**state_dict, name: planar.to_planar(self.fmt.native, state_dict[name])}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -146,6 +177,44 @@ def searched(weight: Tensor, name: str) -> tuple[Tensor, ...]:
     if fmt.is_plain or weight.device.type != "cpu":
         return (fmt.search or fmt.pack)(weight)
     return cpu_quantize.quantize(name, weight)[0]
+
+
+# Layers that stay in 16 bits when the rest computes in 8: globs on the names of BFL and of diffusers. Modulation and
+# the embedders decide about every token at once and cost next to nothing; the last layer's error is the picture's.
+KEEP_16_BIT = (
+    "img_in",
+    "txt_in",
+    "time_in.*",
+    "vector_in.*",
+    "guidance_in.*",
+    "*_mod.lin",
+    "*.modulation.lin",
+    "final_layer.*",
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed.*",
+    "*.norm*.linear",
+    "norm_out.linear",
+    "proj_out",
+)
+
+
+def set_compute_(module: nn.Module, compute: str, keep: Iterable[str] = KEEP_16_BIT) -> dict[str, str]:
+    """Let the packed layers of a module multiply in "int8", "fp8" or again in "16-bit" -> name: what it is held in now.
+
+    Layers that match a glob of `keep`, and those whose sizes 8-bit products do not take, stay as they are. Call it when
+    the module is on its device: int8 requantizes weights of 8 bits and more in place (they stay so), and on a CUDA
+    device keeps those of fewer bits packed. ValueError for another word, or for 16-bit after requantizing.
+    """
+    if compute not in COMPUTES:
+        raise ValueError(f"compute {compute}; choose one of {', '.join(COMPUTES)}")
+    keep, changed = tuple(keep), {}
+    for path, layer in module.named_modules():
+        if not isinstance(layer, QuantLinear) or any(fnmatchcase(path, pattern) for pattern in keep):
+            continue
+        if layer.set_compute_(compute):
+            changed[path] = layer.fmt.name
+    return changed
 
 
 def repack_(module: nn.Module) -> nn.Module:

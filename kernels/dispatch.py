@@ -6,14 +6,15 @@
     vector     CUDA, few rows: one kernel on the packed weight, bound by reading it
     fused      CUDA, more rows: one kernel that unpacks tiles and multiplies on tensor cores
     two_pass   CUDA, many rows: a kernel unpacks into a scratch, cuBLAS multiplies
+    int8, fp8  on request (`QuantFormat.compute`): 8-bit activations, see `eight_bit`
 
-On CUDA the choice among the last three is a table, see `tables`. Gradients flow to the input and the bias; the backward
-pass unpacks again instead of keeping the unpacked weight, so that training a LoRA on a quantized base needs no more
-memory for weights than running it. For `torch.compile` the whole of it is one operator.
+On CUDA a table chooses between vector, fused and two_pass, see `tables`. Gradients flow to the input and the
+bias; the backward pass unpacks again instead of keeping the unpacked weight, so that training a LoRA on a quantized
+base needs no more memory for weights than running it. For `torch.compile` the whole of it is one operator.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from flux_quant.formats import QuantFormat, Shape, format_named
-from flux_quant.kernels import fallback, passes, tables, torch_path
+from flux_quant.kernels import eight_bit, fallback, passes, tables, torch_path
 from flux_quant.kernels.packed import FLOATS, Rows, check_linear, check_parts, take, weight_shape
 
 CODEC, CPU, PLAIN = "codec", "cpu", "plain"
@@ -44,7 +45,7 @@ def dequantize(
     check_parts(fmt, parts)
     if dtype not in FLOATS:
         raise TypeError(f"weights are unpacked to float32, float16 or bfloat16, not {dtype}")
-    parts = tuple(take(parts, rows))
+    fmt, parts = without_compute(fmt, tuple(take(parts, rows)))
     shape = weight_shape(fmt, parts)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=parts[0].device)
@@ -101,6 +102,18 @@ def run_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
 def multiplied(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N), by the way chosen for it."""
     shape = weight_shape(fmt, parts)
+    if fmt.compute != "16-bit":
+        way, _ = eight_bit.way_for(fmt, len(x), shape, x.dtype, x.device)
+
+        def in_eight_bits() -> Tensor:
+            return eight_bit.linear(x, fmt, parts, bias, way)
+
+        def in_more_bits() -> Tensor:
+            return multiplied(x, *without_compute(fmt, parts), bias)
+
+        if way:
+            return fallback.guarded(f"{way} {fmt.name}, {x.dtype}", x.device, in_eight_bits, in_more_bits)
+        return in_more_bits()
     way = way_for(fmt, len(x), shape, x.dtype, x.device, parts)
     if way.path == CPU:
         from flux_quant.kernels import cpu_dequant
@@ -129,8 +142,17 @@ def multiplied(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
     return fallback.guarded(f"{way.path} {fmt.name}, {x.dtype}", x.device, in_one_kernel, in_two_passes)
 
 
+def without_compute(fmt: QuantFormat, parts: Sequence[Tensor]) -> tuple[QuantFormat, Sequence[Tensor]]:
+    """The same weight, for 16 bits: without what 8-bit compute has added to it."""
+    if fmt.base:
+        base = format_named(fmt.base)
+        return base, parts[: len(base.parts)]
+    return (fmt if fmt.compute == "16-bit" else replace(fmt, compute="16-bit")), parts
+
+
 def run_input_gradient(grad: Tensor, fmt: QuantFormat, parts: Sequence[Tensor]) -> Tensor:
     """grad (..., N) -> grad @ weight (..., K) in grad's dtype."""
+    fmt, parts = without_compute(fmt, parts)
     n, k = weight_shape(fmt, parts)
     flat = grad.reshape(-1, n)
 
@@ -167,6 +189,13 @@ def way_for(
     parts: Sequence[Tensor] | None = None,
 ) -> Way:
     """The way of `rows` rows in `dtype` through a weight of `shape` (N, K); `parts` are looked at if given."""
+    if fmt.compute != "16-bit":
+        way, why = eight_bit.way_for(fmt, rows, shape, dtype, device)
+        if way:
+            return Way(fmt.compute, why)
+        fmt, parts = without_compute(fmt, parts or ())
+        instead = way_for(fmt, rows, shape, dtype, device, parts or None)
+        return replace(instead, why=f"{why}; {instead.why}")
     if fmt.is_plain:
         if fmt.parts[0].dtype == dtype:
             return Way(PLAIN, "the weight is stored in the input's dtype")
@@ -180,7 +209,7 @@ def way_for(
         return Way(CODEC, why)
     from flux_quant.kernels import triton_path
 
-    steps, source = tables.steps_for(device, fmt.native or fmt.name)
+    steps, source = tables.steps_for(device, triton_path.file_format(fmt))
     step = tables.step_for(steps, rows)
     if refusal := triton_path.refusal(step.path, fmt, rows, shape, dtype, device):
         return Way(tables.TWO_PASS, f"{refusal}; table {source}")

@@ -25,7 +25,12 @@ _scratch: dict[tuple[torch.device, int], Tensor] = {}
 
 def kernel_rows(fmt: QuantFormat, columns: int) -> Rows:
     """What the kernels over planes are compiled for."""
-    return Rows(fmt.native or fmt.name, columns, bool(fmt.native))
+    return Rows(file_format(fmt), columns, bool(fmt.native))
+
+
+def file_format(fmt: QuantFormat) -> str:
+    """The name of the format whose blocks these are, in whatever order."""
+    return fmt.native or fmt.base or fmt.name
 
 
 def obstacle(fmt: QuantFormat, parts: Sequence[Tensor]) -> str | None:
@@ -43,7 +48,7 @@ def obstacle(fmt: QuantFormat, parts: Sequence[Tensor]) -> str | None:
 
 
 def supported(fmt: QuantFormat) -> bool:
-    return (fmt.native or fmt.name) in LAYOUTS or fmt.parts[0].dtype == torch.float8_e4m3fn
+    return file_format(fmt) in LAYOUTS or fmt.parts[0].dtype == torch.float8_e4m3fn
 
 
 def alignment(fmt: QuantFormat, columns: int) -> int:
