@@ -1,11 +1,11 @@
 """A checkpoint becomes a module: the engine, the text encoders, the VAE.
 
 Modules are built on the meta device and their linears replaced by `QuantLinear` around the stored parts, as views of
-the mapped file: nothing is unpacked or copied that a forward pass can unpack itself. Everything else (norms,
-embeddings, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
+the mapped file: nothing is unpacked or copied that a forward pass can unpack itself, tables of token vectors neither.
+Everything else (norms, biases, convolutions) is small and becomes float32. Every dimension comes from tensor shapes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from flux_quant import arch
 from flux_quant.configs import clip_config, t5_config, vae_config
 from flux_quant.converters.checkpoint import CheckpointReader, load
 from flux_quant.converters.component import Component, open_component
+from flux_quant.embedding import QuantEmbedding
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, QuantFormat
 from flux_quant.kernels.packed import take
@@ -55,17 +56,23 @@ def load_flux(path: str | Path) -> Flux:
 
 def load_t5(path: str | Path) -> "T5EncoderModel":
     """A T5 v1.1 encoder from Hugging Face names; activations and norms stay in float32 (T5 overflows in float16)."""
+    return open_t5(path)[0]
+
+
+def open_t5(path: str | Path) -> tuple["T5EncoderModel", Component]:
+    """The encoder and its file. Linears and the table of token vectors are views of the mapped file, still packed."""
     from transformers import T5Config, T5EncoderModel
 
     reader = open_component(path, "T5 encoder")
     with dimensions_of(reader), torch.device("meta"):
         model = T5EncoderModel(T5Config(**t5_config(shapes_of(reader))))
     model.encoder.embed_tokens = model.shared
-    bind(model, reader)
+    bind(model, reader, packed=("shared",))
+    model.encoder.embed_tokens = model.shared
     for block in model.encoder.block:
         feed_forward = block.layer[1].DenseReluDense
         feed_forward.wo = Opaque(feed_forward.wo)
-    return model.eval()
+    return model.eval(), reader
 
 
 class Opaque(nn.Module):
@@ -82,16 +89,23 @@ class Opaque(nn.Module):
 
 
 def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
-    """CLIP-L's text tower, float32. `end_of_text` is the tokenizer's id of the token whose state is pooled."""
+    """CLIP-L's text tower, its linears and token vectors still packed; activations in float32.
+
+    `end_of_text` is the tokenizer's id of the token whose state is pooled.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     reader = open_component(path, "CLIP-L")
-    shapes = shapes_of(reader)
-    with dimensions_of(reader):
+    shapes = {name: shape for name, shape in shapes_of(reader).items() if name.startswith("text_model.")}
+    with dimensions_of(reader), torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**clip_config(shapes, end_of_text)))
-    prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
-    state = {name.removeprefix(prefix): load(reader, name) for name in shapes if name.startswith("text_model.")}
-    fill(model, state, reader.path)
+    own = [name for name, _ in model.named_parameters()]
+    missing = "" if all(name.startswith("text_model.") for name in own) else "text_model."  # by version of transformers
+    report_difference({missing + name: tuple(p.shape) for name, p in model.named_parameters()}, shapes, reader.path)
+    inner = "embeddings" if missing else "text_model.embeddings"
+    load_quantized_(model, reader, lambda name: missing + name, packed=(f"{inner}.token_embedding",))
+    embeddings = model.get_submodule(inner)
+    embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
     return model.eval()
 
 
@@ -115,26 +129,30 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     model.requires_grad_(False)
 
 
-def bind(model: nn.Module, reader: CheckpointReader) -> None:
+def bind(model: nn.Module, reader: CheckpointReader, packed: Collection[str] = ()) -> None:
     """Give a model on the meta device its weights: linears as stored, the rest in float32.
 
-    Names in the reader must be the model's, no more and no less.
+    Names in the reader must be the model's, no more and no less. `packed` as in `load_quantized_`.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     report_difference(expected, shapes_of(reader), reader.path)
-    load_quantized_(model, reader)
+    load_quantized_(model, reader, packed=packed)
 
 
 Source = str | tuple[str, slice]  # a tensor of a checkpoint, or some of its rows
 
 
 def load_quantized_(
-    module: nn.Module, reader: CheckpointReader, key_map: Callable[[str], Source] | None = None
+    module: nn.Module,
+    reader: CheckpointReader,
+    key_map: Callable[[str], Source] | None = None,
+    packed: Collection[str] = (),
 ) -> nn.Module:
     """Give any module its weights from a checkpoint: linears stay packed as they are stored, the rest becomes float32.
 
     key_map: the name of a parameter in the module -> that of a tensor in the checkpoint (by default the same), or a
     pair of it and a slice, where the parameter is made of rows of a fused tensor. The module may be on the meta device.
+    packed: names of `nn.Embedding`s that stay packed too.
     UserError with the first name that is missing or has another shape; nothing has been changed then.
     """
     sources = {name: key_map(name) if key_map else name for name, _ in module.named_parameters()}
@@ -145,6 +163,9 @@ def load_quantized_(
             fmt, parts = stored_rows(reader, sources[f"{path}.weight"])
             bias = None if layer.bias is None else floats(reader, sources[f"{path}.bias"])
             module.set_submodule(path, QuantLinear.from_parts(fmt, parts, bias))
+            continue
+        if path in packed:
+            module.set_submodule(path, QuantEmbedding(*stored_rows(reader, sources[f"{path}.weight"])))
             continue
         for name, _ in list(layer.named_parameters(recurse=False)):
             value = floats(reader, sources[f"{path}.{name}" if path else name])
