@@ -34,7 +34,11 @@ def measure(name: str) -> list[dict[str, object]]:
         return [about | dict(error=f"{type(error).__name__}: {error}"[:2000])]
     results = []
     for launch in launches:
-        seen = sass.examine(launch.cubin)
+        try:
+            seen = sass.examine(launch.cubin)
+        except sass.Unreadable as error:
+            results.append(about | dict(unreadable=str(error)))
+            continue
         weights = case.weights(launch, seen.loop)
         tile = "x".join(str(launch.arguments[key]) for key in case.shown)
         label = f"{name} {tile} w{launch.threads // sass.WARP}" if tile else name

@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_quant.codecs import rotation
 from flux_quant.codecs.planar import FIELDS as MISALIGNED
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
-from flux_quant.kernels import rotation
 
 M, N, K = 4608, 3072, 3072
 EPS = 1e-6
+H200 = 132  # multiprocessors
 ALIGNED = {"q5_1": (16,), "q5_k": (128,), "q4_k": (128,), "iq4_xs": (128,)}  # largest field of a block, in bytes
-PACKED = [*IN_MEMORY.values(), *(fmt for name, fmt in FORMATS.items() if not fmt.is_plain and name not in MISALIGNED)]
+PACKED = [  # as weights lie on a GPU
+    *(IN_MEMORY[f"{name} planar"] for name in MISALIGNED),
+    *(fmt for name, fmt in FORMATS.items() if not fmt.is_plain and name not in MISALIGNED),
+    IN_MEMORY["fp8_rows"],
+]
 EVERY = (61, 75, 80, 86, 89, 90, 120)  # compute capabilities: GTX 10, RTX 20, A100, RTX 30, RTX 40, H100, RTX 50
 PER_BYTE = 7  # thread-instructions that an H200 can issue while its memory moves a byte; every other card more
 UNPACKING = 10  # thread-instructions per weight at which an H200 is still limited by its memory, half of what it has
@@ -119,6 +124,14 @@ def int8_product(cc: int) -> None:
         int8.int8_matmul(a, scales, w, meta(N, dtype=torch.float32), None, float_of(cc), config)
 
 
+def int8_product_tma() -> None:
+    from flux_quant.kernels import int8_tma
+
+    a, w, scales = meta(M, K, dtype=torch.int8), meta(N, K, dtype=torch.int8), meta(M, 1, dtype=torch.float32)
+    for config in int8_tma.CONFIGS:
+        int8_tma.int8_matmul_tma(a, scales, w, meta(N, dtype=torch.float32), None, torch.bfloat16, config, H200)
+
+
 def int8_epilogue(cc: int) -> None:
     from flux_quant.kernels import int8
 
@@ -151,6 +164,8 @@ def eight_bit_cases() -> Iterator[Case]:
         if cc >= 80:
             product = partial(int8_product, cc)
             yield Case("int8", "product", cc, product, weight_tile, int8_aim, 1, "IG?MMA", ("BM", "BN", "BK"))
+    # The loop over K holds the code between two tiles too: no budget for it.
+    yield Case("int8", "tma", 90, int8_product_tma, weight_tile, mma="IGMMA", shown=("BM", "BN", "BK"))
 
 
 def modulated_norm(cc: int) -> None:

@@ -34,6 +34,10 @@ TARGET = re.compile(r"`\((\.L\w+)\)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)(.*)")
 
 
+class Unreadable(Exception):
+    """The tools of this version of Triton do not know the architecture: those of CUDA 13.1 have forgotten sm_61."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch as the launcher asked for it, compiled."""
@@ -53,7 +57,7 @@ class Report:
     registers: int
     stack_bytes: int
     local: int  # loads and stores of local memory: spilled registers
-    loads: Counter[str]  # global loads by width: U8, U16, 32, 64, 128; asynchronous copies to shared memory included
+    loads: Counter[str]  # global loads by width: U8, U16, 32, 64, 128; copies to shared memory included; TMA: a tile
     stores: Counter[str]  # global stores by width
     mmas: Counter[str]  # matrix instructions by name
     instructions: int  # per thread, without the matrix instructions
@@ -69,12 +73,14 @@ class Instruction:
 
     @property
     def width(self) -> str:
+        if self.name.startswith("UTMA"):
+            return "TMA"
         signless = {modifier.replace("S8", "U8").replace("S16", "U16") for modifier in self.modifiers}
         return next((width for width in WIDTHS if width in signless), "32")
 
     @property
     def is_load(self) -> bool:
-        return self.name in ("LDG", "LDGSTS", "LD")
+        return self.name in ("LDG", "LDGSTS", "LD", "UTMALDG")
 
     @property
     def is_mma(self) -> bool:
@@ -149,7 +155,10 @@ def examine(cubin: bytes) -> Report:
 
 
 def output_of(tool: str, *arguments: str) -> str:
-    return subprocess.run([BINARIES / tool, *arguments], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([BINARIES / tool, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise Unreadable(done.stderr.strip())
+    return done.stdout
 
 
 def report(code: str, registers: int, stack_bytes: int) -> Report:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel_budgets import GAPS, complaints, table
+from kernel_budgets import GAPS, TRITON, complaints, table
 from kernel_cases import CASES
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
@@ -48,6 +48,9 @@ def cases_of(item: pytest.Item) -> set[str]:
 @pytest.mark.parametrize("name", KERNELS)
 def test_budget(name, compiled):
     assert compiled[name], "nothing was launched"
+    for result in compiled[name]:
+        if "unreadable" in result and result["triton"] != TRITON:
+            pytest.skip(result["unreadable"])
     found = [f"{result['label']}: {complaint}" for result in compiled[name] for complaint in complaints(result)]
     if found:
         family = [r for results in compiled.values() for r in results if r["family"] == CASES[name].family]
