@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flux_quant.benchmarks import eager
 from flux_quant.benchmarks.machine import device_name, write_result
-from flux_quant.benchmarks.random_weights import on_device, random_parts
+from flux_quant.benchmarks.random_weights import PLAIN, on_device, random_parts
 from flux_quant.benchmarks.timing import Call, Timing, compare, copies_for, copy_bandwidth, product_rate
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
 from flux_quant.kernels import dispatch
@@ -40,7 +40,6 @@ LAYERS: dict[Shape, tuple[int, ...]] = {  # (N, K) -> rows of input
 }
 COMPILED: Shape = (9216, 3072)  # where torch.compile is tried: it takes seconds per format
 SAMPLED = 64  # rows of the product that are checked
-PLAIN = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 def formats(device: torch.device, names: Sequence[str] = ()) -> dict[str, QuantFormat]:

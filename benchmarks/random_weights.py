@@ -16,6 +16,7 @@ DEV = dict(
     in_channels=64, out_channels=64, hidden=3072, head_dim=128, mlp=12288, context=4096, pooled=768, guidance=True
 )
 DOUBLE, SINGLE = 19, 38  # blocks of FLUX.1
+PLAIN = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}  # the format of a dtype
 
 
 def on_device(name: str, device: torch.device) -> QuantFormat:
@@ -38,18 +39,17 @@ def random_parts(fmt: QuantFormat, shape: tuple[int, int], device: torch.device,
 def gathered(part: Tensor, rows: Tensor) -> Tensor:
     if part.ndim == 0:
         return part.clone()
-    return part.view(torch.uint8)[rows].view(part.dtype) if part.itemsize == 1 else part[rows]
+    return part.view(torch.uint8)[rows].view(part.dtype) if part.itemsize == 1 else part[rows]  # no FP8 indexing
 
 
 def random_flux(name: str, device: torch.device, dtype: torch.dtype, config: FluxConfig) -> Flux:
     """The engine with its linears in format `name`, those of K that is no multiple of its blocks in `dtype`."""
-    plain = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
     with torch.device("meta"):
         model = Flux(config)
     for seed, (path, layer) in enumerate(list(model.named_modules())):
         if isinstance(layer, nn.Linear):
             shape = tuple(layer.weight.shape)
-            fmt = on_device(name, device) if FORMATS[name].fits(shape) else FORMATS[plain]
+            fmt = on_device(name, device) if FORMATS[name].fits(shape) else FORMATS[PLAIN[dtype]]
             bias = torch.randn(shape[0], device=device, dtype=dtype) * SPREAD
             model.set_submodule(path, QuantLinear.from_parts(fmt, random_parts(fmt, shape, device, seed), bias))
         else:
