@@ -8,6 +8,7 @@ Letters: B batch, S image tokens, T text tokens, L = T + S, D hidden width, H he
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,16 @@ class Modulation(NamedTuple):
     shift: Tensor
     scale: Tensor
     gate: Tensor
+
+
+StepModulation = Mapping[nn.Module, Tensor]  # rows (B, N) of every modulation linear: `modulation` evaluates them
+Steering = Tensor | StepModulation  # vec (B, D), or what the modulation linears make of it, evaluated beforehand
+
+
+def steered(linear: nn.Module, steering: Steering) -> Tensor:
+    """(B, 1, N): what a modulation linear makes of the steering vector, or its rows where they are given."""
+    rows = linear(F.silu(steering)) if isinstance(steering, Tensor) else steering[linear]
+    return rows[:, None]
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -93,8 +104,12 @@ class ModulationLinear(nn.Module):
         super().__init__()
         self.lin = nn.Linear(hidden, 3 * sets * hidden)
 
-    def forward(self, vec: Tensor) -> list[Modulation]:
-        rows = self.lin(F.silu(vec))[:, None].chunk(self.lin.out_features // vec.shape[-1], dim=-1)
+    @property
+    def steered_linear(self) -> nn.Module:
+        return self.lin
+
+    def forward(self, vec: Steering) -> list[Modulation]:
+        rows = steered(self.lin, vec).split(self.lin.in_features, dim=-1)
         return [Modulation(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
 
 
@@ -121,8 +136,8 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{stream}_attn", StreamAttention(config))
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """img (B, S, D), txt (B, T, D), vec (B, D) -> img, txt."""
+    def forward(self, img: Tensor, txt: Tensor, vec: Steering, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, S, D), txt (B, T, D), vec (B, D) or its rows -> img, txt."""
         img_mod, img_mod2 = self.img_mod(vec)
         txt_mod, txt_mod2 = self.txt_mod(vec)
         streams = [self.txt_attn.project(modulate(txt, txt_mod)), self.img_attn.project(modulate(img, img_mod))]
@@ -144,8 +159,8 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(config.hidden + config.mlp, config.hidden)  # columns attention | mlp
         self.norm = QKNorm(config.head_dim)
 
-    def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, L, D), vec (B, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, vec: Steering, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D), vec (B, D) or its rows -> (B, L, D)."""
         (mod,) = self.modulation(vec)
         wide = self.linear1(modulate(x, mod))
         stream = wide[..., : 3 * self.hidden], *self.norm.scales
@@ -160,8 +175,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden, config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+    @property
+    def steered_linear(self) -> nn.Module:
+        return self.adaLN_modulation[1]
+
+    def forward(self, x: Tensor, vec: Steering) -> Tensor:
+        shift, scale = steered(self.steered_linear, vec).chunk(2, dim=-1)
         return self.linear(fused.modulated_norm(x, shift, scale))
 
 
@@ -180,22 +199,29 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config)
 
+    @property
+    def embedders(self) -> tuple[nn.Module, ...]:
+        """What makes the steering vector."""
+        return tuple(part for part in (self.time_in, self.guidance_in, self.vector_in) if part is not None)
+
     def forward(
         self,
         img: Tensor,
         txt: Tensor,
-        pooled: Tensor,
-        timestep: Tensor,
+        pooled: Tensor | None,
+        timestep: Tensor | None,
         img_ids: Tensor,
         txt_ids: Tensor,
         guidance: Tensor | None = None,
+        steering: Steering | None = None,
     ) -> Tensor:
         """The velocity, (B, S, channels out).
 
         img (B, S, channels in) packed latents; txt (B, T, context) T5 features; pooled (B, pooled) CLIP vector;
         timestep (B,) from 1 (noise) to 0; ids (S, 3) and (T, 3) positions; guidance (B,) scale, for guided models.
+        With `steering`, the vector or what the modulations make of it, pooled, timestep and guidance are not used.
         """
-        vec = self.steering(pooled, timestep, guidance, img.dtype)
+        vec = self.steering(pooled, timestep, guidance, img.dtype) if steering is None else steering
         cos, sin = rotary_angles(torch.cat([txt_ids, img_ids]), self.config.rope_axes)
         img, txt = self.img_in(img), self.txt_in(txt)
         for block in self.double_blocks:
