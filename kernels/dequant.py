@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_quant.kernels.planes import Rows, as_float, e4m3, first_elements
+from flux_quant.kernels.codes import as_float, e4m3
+from flux_quant.kernels.planes import Rows, first_elements
 
 WEIGHTS = 8192  # that a program unpacks
 WARPS = 4

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flux_quant.codecs.rotation import check_group
-from flux_quant.kernels.planes import Rows, as_float
+from flux_quant.kernels.codes import as_float
+from flux_quant.kernels.planes import Rows
 from flux_quant.kernels.rows8 import int8_codes, rotated
 
 WEIGHTS = 4096  # that a program expands, 32 per thread
