@@ -1,39 +1,67 @@
 """The GPU suite: everything that only a CUDA device can tell. One JSON per part in `benchmarks/results/`.
 
-python -I -m flux_quant.benchmarks.gpu [--allow-skip]
+    python -I -m flux_quant.benchmarks.gpu [--only tests,kernels] [--allow-skip] [--dry-run]
+
+Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself; together
+they stay under nine minutes. `--dry-run` walks through all of them on small sizes, on a CPU too, and keeps nothing.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 
-from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.machine import RESULTS, device_name, write_result
 
 TESTS = Path(__file__).parents[1] / "tests"
+WORKERS = 8  # test processes, where pytest-xdist is installed: most of the time goes into compiling kernels
+SLOWEST = 20
+
+
+@dataclass(frozen=True)
+class Part:
+    module: str
+    seconds: int  # it is stopped then
+    arguments: tuple[str, ...] = ()
+
+
+PARTS = {
+    "tests": Part("flux_quant.benchmarks.gpu", 180, ("--tests",)),
+    "tune": Part("flux_quant.benchmarks.tune", 90),
+    "kernels": Part("flux_quant.benchmarks.kernels", 130),
+    "products8": Part("flux_quant.benchmarks.products8", 40),
+    "step": Part("flux_quant.benchmarks.step", 80),
+}
 
 
 def run_tests() -> bool:
-    """The tests marked `gpu`, counted by outcome, failures by name."""
+    """The tests that need a GPU, and those that launch kernels; counted by outcome, failures by name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-m", "gpu", "--import-mode=importlib", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        options = ["-m", "gpu or kernel", "--import-mode=importlib", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        if find_spec("xdist") is not None:
+            options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
         start = time.monotonic()
-        done = subprocess.run([sys.executable, "-I", "-m", "pytest", str(TESTS), *options], cwd=TESTS.parent)
+        done = subprocess.run([sys.executable, "-I", "-m", "pytest", "-q", str(TESTS), *options], cwd=TESTS.parent)
         seconds = time.monotonic() - start
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     outcomes = {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
+    slowest = sorted(cases, key=lambda case: -float(case.get("time", 0)))[:SLOWEST]
     result = {
         "ok": done.returncode == 0,
         "seconds": round(seconds, 1),
         "outcomes": dict(Counter(outcomes.values())),
         "failed": [name for name, what in outcomes.items() if what == "failed"],
+        "slowest": {f"{case.get('classname')}::{case.get('name')}": float(case.get("time", 0)) for case in slowest},
     }
     print(f"wrote {write_result('gpu-tests', result)}")
     return done.returncode == 0
@@ -44,19 +72,44 @@ def outcome(case: ElementTree.Element) -> str:
     return "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
 
 
-SUITES = {"tests": run_tests}
+def run(name: str, part: Part, dry: bool) -> dict[str, object]:
+    """One part in its process -> how it ended and how long it took."""
+    arguments = ["--small"] if dry else list(part.arguments) or ["--save"]
+    print(f"--- {name}, at most {part.seconds} s", flush=True)
+    start = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, "-I", "-m", part.module, *arguments], timeout=part.seconds)
+        outcome = "ok" if done.returncode == 0 else f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        outcome = f"stopped after {part.seconds} s"
+    seconds = round(time.monotonic() - start, 1)
+    print(f"--- {name}: {outcome}, {seconds} s", flush=True)
+    return {"outcome": outcome, "seconds": seconds}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(PARTS), help="parts with commas between them")
     parser.add_argument("--allow-skip", action="store_true", help="without CUDA, succeed and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every part on small sizes, on any device; keeps nothing"
+    )
+    parser.add_argument("--tests", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    chosen = [name for name in args.only.split(",") if name]
+    if unknown := [name for name in chosen if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
+    if not torch.cuda.is_available() and not args.dry_run:
         print(f"GPU suite skipped: no CUDA device (torch {torch.__version__})", file=sys.stderr)
         return 0 if args.allow_skip else 1
+    if args.tests:
+        return 0 if run_tests() else 1
     print(f"GPU suite on {device_name()}")
-    outcomes = {name: suite() for name, suite in SUITES.items()}
-    return 0 if all(outcomes.values()) else 1
+    parts = {name: PARTS[name] for name in chosen if not (args.dry_run and name == "tests")}
+    outcomes = {name: run(name, part, args.dry_run) for name, part in parts.items()}
+    if not args.dry_run:
+        print(f"wrote {write_result('gpu', {'parts': outcomes})}; results are in {RESULTS}")
+    return 0 if all(row["outcome"] == "ok" for row in outcomes.values()) else 1
 
 
 if __name__ == "__main__":

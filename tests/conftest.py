@@ -67,12 +67,13 @@ def in_file_order(tensors: dict[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (not BLOCK.match(name), name))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped without a CUDA device."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` are skipped without a CUDA device; those that launch kernels are marked `kernel`."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if "kernel_device" in getattr(item, "fixturenames", ()):
+            item.add_marker("kernel")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

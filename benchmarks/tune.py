@@ -1,0 +1,63 @@
+"""Measure once which way linear layers are fastest on this GPU, for each format and number of rows.
+
+    python -I -m flux_quant.benchmarks.tune [--formats q8_0,q4_k] [--small] [--save]
+
+From then on `kernels.dispatch` uses what was found; `--save` also writes it to benchmarks/results/.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flux_quant.benchmarks.kernels import copies_of, formats
+from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.timing import compare
+from flux_quant.kernels import fallback, tables
+
+LAYER = (9216, 3072)  # qkv of a double block
+ROUNDS = 3
+
+
+@torch.inference_mode()
+def run(device: torch.device, names: list[str]) -> dict[str, object]:
+    from flux_quant.kernels import tuning
+
+    def seconds(call: Callable[[int], object], copies: int) -> float:
+        return compare({"it": call}, copies, device, ROUNDS)["it"].median
+
+    weights = ((fmt, LAYER, copies_of(fmt, LAYER, device)) for fmt in formats(device, names).values())
+    table, evidence = tuning.tune(device, weights, torch.bfloat16, seconds)
+    return {"table": {name: [vars(step) for step in steps] for name, steps in table.items()}, "microseconds": evidence}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default="", help="names with commas between them")
+    parser.add_argument("--small", action="store_true", help="say what would be done")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    names = [name for name in args.formats.split(",") if name]
+    device = torch.device("cuda")
+    if reason := fallback.triton_for(device):
+        print(f"nothing to tune: {reason}", file=sys.stderr)
+        return 0 if args.small else 1
+    result = run(device, names)
+    table = Table(title=f"Ways on {device_name()}")
+    table.add_column("format")
+    table.add_column("rows of input: way")
+    for name, steps in result["table"].items():
+        words = (f"{'more' if step['rows'] is None else step['rows']}: {step['path']}" for step in steps)
+        table.add_row(name, ", ".join(words))
+    Console(width=120).print(table)
+    print(f"kept in {tables.table_file(device)}", file=sys.stderr)
+    if args.save:
+        print(f"wrote {write_result('tune', result)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
