@@ -27,7 +27,8 @@ from flux_quant.converters.output import OutputFile
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents, unpack_latents
-from flux_quant.sampling import denoise, no_progress
+from flux_quant.sampling import Conditioning, Drawing, denoise, no_progress
+from flux_quant.schedules import noise_levels
 from flux_quant.text import TextFeatures, encode_clip, encode_t5
 
 if TYPE_CHECKING:
@@ -141,9 +142,10 @@ def denoise_batch(
     """Requests that differ in prompt and seed only -> latents (B, 16, height / 8, width / 8) float32."""
     first = requests[0]
     noise = torch.cat([starting_noise(request, model.config.in_channels) for request in requests])
-    inputs = (tensor.to(device, dtype) for tensor in (noise, features.txt, features.pooled))
-    tokens = denoise(model, *inputs, first.grid, first.steps, first.guidance, progress)
-    return unpack_latents(tokens.float(), *first.grid)
+    noise, txt, pooled = (tensor.to(device) for tensor in (noise, features.txt, features.pooled))
+    levels = noise_levels("euler", first.steps, noise.shape[1], model.config.guidance)
+    drawing = Drawing(noise, Conditioning(txt, pooled), first.grid, levels, first.guidance)
+    return unpack_latents(denoise(model, drawing, dtype, progress=progress), *first.grid)
 
 
 def starting_noise(request: Request, channels: int) -> Tensor:

@@ -44,7 +44,8 @@ from flux_quant.components import find_components
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.loading import load_vae
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
-from flux_quant.sampling import denoise
+from flux_quant.sampling import Conditioning, Drawing, denoise
+from flux_quant.schedules import noise_levels
 
 GRID = (6, 6)  # 2 x 2 latent patches of a 96-pixel picture
 WIDTH = 128  # of both text encoders
@@ -307,7 +308,8 @@ class Trainer:
             scenes = [Scene(int(e), request.size, position, request.colour, False, 0) for e in chosen]
             text = self.average.encode([self.world.caption(scene) for scene in scenes])
             noise = torch.randn(len(scenes), 36, 64, generator=torch.Generator().manual_seed(7))
-            z = unpack_latents(denoise(self.average.flux, noise, *text, GRID, 20, 2.5), *GRID)
+            drawing = Drawing(noise, Conditioning(*text), GRID, noise_levels("euler", 20, 36, guided=True), 2.5)
+            z = unpack_latents(denoise(self.average.flux, drawing), *GRID)
             pictures = self.vae.decode(z / LATENT_SCALE + LATENT_SHIFT).sample.clamp(-1, 1) / 2 + 0.5
             verdict = nearest(self.world, pictures, request)
             right += (verdict.emoji == torch.from_numpy(chosen)).sum().item()
