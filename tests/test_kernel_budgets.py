@@ -25,14 +25,20 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 def compiled(request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """Name of a case -> what the compiler made of its launches, for all the cases that the selected tests ask for."""
     chosen = {name for item in request.session.items if item.module is request.module for name in cases_of(item)}
-    cache = {"TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")), "TRITON_INTERPRET": "0"}
-    here = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    settings = {
+        "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")),
+        "TRITON_STORE_BINARY_ONLY": "1",
+        "TRITON_DISABLE_LINE_INFO": "1",
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": str(SCRIPT.parent),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, SCRIPT, "--stdin"],
         input="\n".join(name for name in CASES if name in chosen),
         capture_output=True,
         text=True,
-        env={**os.environ, **cache, **here},
+        env={**os.environ, **settings},
     )
     assert done.returncode == 0, done.stderr
     results = defaultdict(list)
