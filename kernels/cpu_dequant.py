@@ -15,6 +15,7 @@ multiplied in the loop itself, in float32, and the weight is never stored.
 The loops form each value as the codec does, bit for bit; 16-bit values are those rounded to nearest even.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
@@ -116,27 +117,24 @@ def vectors(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor |
 def matrix(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """x (M, K), bias (N), both in the dtype of the product -> (M, N) in it."""
     (rows, columns), count, threads = x.shape, len(parts[0]), torch.get_num_threads()
-    step = rows_at_a_time(rows, count, columns, threads)
     turn = x.dtype == torch.float32 and FEW <= rows < SOME
-    loop, out, free = loop_for(fmt, parts), x.new_empty(rows, count), SimpleQueue()
-    for room in x.new_empty(threads, step * (columns + rows * turn)):
-        weight, turned = room.split([step * columns, step * rows * turn])
-        free.put((flat(weight), weight.view(step, columns), turned.view(step, rows * turn)))
+    step = rows_at_a_time(rows, count, columns + rows * turn, threads)
+    sizes = [step * columns, step * rows * turn]
+    loop, out, free = loop_for(fmt, parts), x.new_empty(rows, count), rooms(threads, os.getpid())
 
     def run(first: int) -> None:
         last = min(first + step, count)
-        memory, weight, turned = room = free.get()
-        weight, turned, place = weight[: last - first], turned[: last - first], out[:, first:last]
-        loop((memory, columns, first), first, last)
-        with torch.inference_mode():  # which every thread decides for itself
-            if turn:
-                torch.mm(weight, x.T, out=turned)
-                torch.add(turned.T, 0 if bias is None else bias[first:last], out=place)
-            elif bias is None:
-                torch.mm(x, weight.T, out=place)
-            else:
-                torch.addmm(bias[first:last], x, weight.T, out=place)
-        free.put(room)
+        room = free.get()
+        try:
+            memory = room if sum(sizes) <= len(room) else torch.empty(sum(sizes))  # rows of more than 131072 weights
+            weight, turned = memory.view(x.dtype)[: sum(sizes)].split(sizes)
+            loop((flat(weight), columns, first), first, last)
+            weight, turned = weight.view(step, columns)[: last - first], turned.view(step, rows * turn)[: last - first]
+            multiply(
+                x, weight, turned if turn else None, None if bias is None else bias[first:last], out[:, first:last]
+            )
+        finally:
+            free.put(room)
 
     with threads_for(count * columns * (rows + EXTRA), SHARE * EXTRA) as spread:
         for _ in spread(run, range(0, count, step)):
@@ -144,13 +142,34 @@ def matrix(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | 
     return out
 
 
+def multiply(x: Tensor, weight: Tensor, turned: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """x (M, K), weight (n, K), bias (n) -> out (M, n); by weight @ x.T if there is room for it, `turned` (n, M)."""
+    with torch.inference_mode():  # which every thread decides for itself
+        if turned is not None:
+            torch.mm(weight, x.T, out=turned)
+            torch.add(turned.T, 0 if bias is None else bias, out=out)
+        elif bias is None:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.addmm(bias, x, weight.T, out=out)
+
+
+@cache
+def rooms(threads: int, process: int) -> SimpleQueue:
+    """Scratches of float32, one for each thread. They stay: the pages of new memory cost as much as the unpacking."""
+    free = SimpleQueue()
+    for _ in range(threads):
+        free.put(torch.empty(SCRATCH))
+    return free
+
+
 def rows_at_a_time(rows: int, count: int, columns: int, threads: int) -> int:
     """Of a weight (count, columns), for `rows` rows of x: what suits the product, in as many slices for every thread.
 
     The product packs x anew for every slice, which 256 rows of the weight are enough for; they are read from the cache
-    but from the innermost. Few rows of x are not packed, and 64 rows of the weight stay in the second level.
+    but from the innermost. Few rows of x are not packed, and 128 rows of the weight stay in the second level.
     """
-    most = min(64 if rows < FEW else 256, max(LANES, SCRATCH // columns // LANES * LANES))
+    most = min(128 if rows < FEW else 256, max(LANES, SCRATCH // columns // LANES * LANES))
     slices = -(-count // (most * threads)) * threads
     return min(count, -(-count // (LANES * slices)) * LANES)
 

@@ -257,10 +257,10 @@ def test_an_error_in_a_thread_is_raised_and_leaves_the_threads_as_they_were(thre
 def test_slices_of_rows_are_small_and_as_many_for_every_thread(threads, count, columns):
     for rows in (3, 20, 512):
         step = cpu_dequant.rows_at_a_time(rows, count, columns, threads)
-        assert 1 <= step <= min(count, 256 if rows >= cpu_dequant.FEW else 64)
+        assert 1 <= step <= min(count, 256 if rows >= cpu_dequant.FEW else 128)
         assert step % cpu_dequant.LANES == 0 or step == count
         assert step * columns <= cpu_dequant.SCRATCH or step <= cpu_dequant.LANES
-        if count >= 64 * 256:
+        if count >= threads * 256:
             assert -(-count // step) % threads == 0
 
 
