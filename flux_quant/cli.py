@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from flux_quant import options as opt
 from flux_quant.errors import UserError
 
 app = typer.Typer(
@@ -23,46 +24,6 @@ app = typer.Typer(
 )
 UsageError = typer.BadParameter.__base__  # of typer's click, which older versions import and newer ones contain
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="file, shards or folder of a model")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="its suffix chooses the container")]
-FormatName = Annotated[str, typer.Option("--format", "-f", help="q8_0 q6_k q5_k_m q4_k_m ... fp8 bf16; see README")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
-Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
-Component = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: found beside the model]")]
-Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where everything is written")]
-Model = Annotated[Path | None, typer.Option("--model", "-m", help="model folder [default: the bundled model]")]
-Threads = Annotated[int | None, typer.Option(min=1, help="processor threads [default: all cores]")]
-
-# Of `convert`.
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="GLOB=FORMAT", help="another format for some tensors; repeatable"),
-]
-Keeps = Annotated[
-    list[str] | None, typer.Option("--keep", metavar="GLOB", help="tensors that keep their own format; repeatable")
-]
-RecipeFile = Annotated[Path | None, typer.Option(metavar="FILE", help="lines GLOB=FORMAT, after --set and --keep")]
-Components = Annotated[
-    str | None, typer.Option(metavar="LIST", help="which models of SRC: transformer,t5,clip,vae,...")
-]
-Loras = Annotated[
-    list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="fuse a LoRA first; repeatable")
-]
-SearchMode = Annotated[str, typer.Option(help="of scales: full, or none for the bytes of ggml's plain reference")]
-Imatrix = Annotated[Path | None, typer.Option(metavar="FILE", help="importance of input columns")]
-Calibration = Annotated[Path | None, typer.Option(metavar="FILE", help="of `calibrate`: scales for FP8 activations")]
-Legacy = Annotated[bool, typer.Option("--legacy", help="FP8 in the form of 2024, for Forge")]
-AsFolder = Annotated[bool, typer.Option("--diffusers", help="DST is a folder as diffusers writes it")]
-ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="several files of at most 2GB, 500MB ...")]
-ShardBy = Annotated[str | None, typer.Option(metavar="block", help="one file per block")]
-Tokenizer = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="spiece.model for a T5 as GGUF [default: beside SRC]")
-]
-QuantizeOn = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... that quantizes")]
-Resume = Annotated[bool, typer.Option("--resume", help="keep what is finished if interrupted, and go on with it")]
-Checksums = Annotated[bool, typer.Option("--checksums", help="record the SHA-256 of every tensor")]
-
 
 @app.callback()
 def verbs() -> None:
@@ -70,7 +31,7 @@ def verbs() -> None:
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR")], json: Json = False) -> None:
+def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR")], json: opt.Json = False) -> None:
     """Say what a model file is, or every model file in a directory. Reads headers only."""
     from flux_quant import console
     from flux_quant.converters.summary import find_checkpoints, summarize
@@ -92,28 +53,28 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR")], json: Jso
 
 @app.command()
 def convert(
-    source: Source,
-    output: Output,
-    format_name: FormatName,
-    dry_run: DryRun = False,
-    force: Force = False,
-    own_rows: Sets = None,
-    keep: Keeps = None,
-    recipe: RecipeFile = None,
-    components: Components = None,
-    lora: Loras = None,
-    search: SearchMode = "full",
-    imatrix: Imatrix = None,
-    calibration: Calibration = None,
-    legacy: Legacy = False,
-    diffusers: AsFolder = False,
-    shard_size: ShardSize = None,
-    shard_by: ShardBy = None,
-    tokenizer: Tokenizer = None,
-    device: QuantizeOn = "cpu",
-    resume: Resume = False,
-    checksums: Checksums = False,
-    threads: Threads = None,
+    source: opt.Source,
+    output: opt.Output,
+    format_name: opt.FormatName,
+    dry_run: opt.DryRun = False,
+    force: opt.Force = False,
+    own_rows: opt.Sets = None,
+    keep: opt.Keeps = None,
+    recipe: opt.RecipeFile = None,
+    components: opt.Components = None,
+    lora: opt.Loras = None,
+    search: opt.SearchMode = "full",
+    imatrix: opt.Imatrix = None,
+    calibration: opt.Calibration = None,
+    legacy: opt.Legacy = False,
+    diffusers: opt.AsFolder = False,
+    shard_size: opt.ShardSize = None,
+    shard_by: opt.ShardBy = None,
+    tokenizer: opt.Tokenizer = None,
+    device: opt.QuantizeOn = "cpu",
+    resume: opt.Resume = False,
+    checksums: opt.Checksums = False,
+    threads: opt.Threads = None,
 ) -> None:
     """Convert a model to GGUF, FP8 or 16 bits, a few tensors in memory at a time."""
     from flux_quant import console
@@ -160,19 +121,19 @@ def convert(
 
 @app.command()
 def calibrate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="transformer file, or a folder of model files")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="a .safetensors file")],
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="one prompt per line")],
-    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 8,
-    guidance: Annotated[float, typer.Option(help="scale of the distilled guidance")] = 3.5,
-    seed: Annotated[int, typer.Option(help="of the first picture's noise")] = 0,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels [default: the model's]")] = None,
-    t5: Component = None,
-    clip: Component = None,
-    tokenizers: Annotated[Path | None, typer.Option(help="folder with both tokenizers")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    force: Force = False,
-    threads: Threads = None,
+    model: opt.GenerateModel,
+    output: opt.Importance,
+    prompts: opt.PromptFile,
+    steps: opt.Steps = 8,
+    guidance: opt.Guidance = 3.5,
+    seed: opt.Seed = 0,
+    size: opt.PictureSize = None,
+    t5: opt.Component = None,
+    clip: opt.Component = None,
+    tokenizers: opt.Tokenizers = None,
+    device: opt.Device = "auto",
+    force: opt.Force = False,
+    threads: opt.Threads = None,
 ) -> None:
     """Watch the inputs of every layer while pictures are drawn: for `convert --imatrix` and `--calibration`."""
     from flux_quant import console
@@ -201,7 +162,7 @@ def calibrate(
 def split(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="all-in-one file or pipeline folder")],
     folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where the parts go")],
-    force: Force = False,
+    force: opt.Force = False,
 ) -> None:
     """Take an all-in-one file or a pipeline apart: one file per model."""
     from flux_quant import console
@@ -218,7 +179,7 @@ def merge_components(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DST", help="a .safetensors file, or a folder")],
     diffusers: Annotated[bool, typer.Option("--diffusers", help="DST is a diffusers pipeline folder")] = False,
     tokenizers: Annotated[Path | None, typer.Option(metavar="DIR", help="with both tokenizers, for a folder")] = None,
-    force: Force = False,
+    force: opt.Force = False,
 ) -> None:
     """Put models together: into one file for ComfyUI, or into a diffusers pipeline."""
     from flux_quant import console
@@ -236,7 +197,7 @@ def merge_components(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="FILE")],
     against: Annotated[Path | None, typer.Option(metavar="SRC", help="measure the error of every tensor")] = None,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> int:
     """Check a model file: its structure, its numbers, and its error against a source. Exit code 1 if it is damaged."""
     from flux_quant import console
@@ -252,7 +213,7 @@ def verify(
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A")],
     b: Annotated[Path, typer.Argument(metavar="B")],
-    json: Json = False,
+    json: opt.Json = False,
 ) -> int:
     """Compare two model files, tensor by tensor, whatever their containers and names. Exit code 1 if they differ."""
     from flux_quant import console
@@ -266,50 +227,59 @@ def diff(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="transformer file, or a folder of model files")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="what CLIP, and T5 without --prompt-t5, read")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="where the picture goes")],
-    prompt_t5: Annotated[str | None, typer.Option("--prompt-t5", help="another prompt for T5")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 20,
-    guidance: Annotated[float, typer.Option(help="scale of the distilled guidance")] = 3.5,
-    seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="pixels [default: what the model was made for]")
-    ] = None,
-    t5: Component = None,
-    clip: Component = None,
-    vae: Component = None,
-    tokenizers: Annotated[Path | None, typer.Option(help="folder with both tokenizers")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="replace PNG if it exists")] = False,
-    threads: Threads = None,
+    model: opt.GenerateModel,
+    prompt: opt.PromptText,
+    output: opt.Picture,
+    prompt_t5: opt.PromptT5 = None,
+    steps: opt.Steps = 20,
+    guidance: opt.Guidance = 3.5,
+    seed: opt.Seed = 0,
+    size: opt.PictureSize = None,
+    t5: opt.Component = None,
+    clip: opt.Component = None,
+    vae: opt.Component = None,
+    tokenizers: opt.Tokenizers = None,
+    pad_to: opt.PadTo = None,
+    prompt_cache: opt.UsePromptCache = True,
+    prompt_cache_size: opt.PromptCacheSize = "1GB",
+    device: opt.Device = "auto",
+    force: opt.ForcePicture = False,
+    threads: opt.Threads = None,
 ) -> None:
-    """Make a picture. Text encoders, VAE and tokenizers are looked for beside the model."""
+    """Make a picture. Text encoders, VAE and tokenizers are looked for beside the model.
+
+    Parts of a prompt get weights: (text:1.3), (text) for 1.1, [text] for 1/1.1; a backslash before a bracket keeps it.
+    """
     from flux_quant import console
     from flux_quant.components import find_components, picture_size
     from flux_quant.converters.output import check_target
+    from flux_quant.converters.shards import parse_size
     from flux_quant.pipeline import Request, choose_device, save_png
     from flux_quant.pipeline import generate as make
+    from flux_quant.prompt_cache import PromptCache
+    from flux_quant.text import TextOptions
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: pictures are written as .png")
     check_target(output, force)
+    cache = PromptCache.default(parse_size(prompt_cache_size)) if prompt_cache else None
+    text = TextOptions(pad_to, cache=cache)
     use_threads(threads)
     place, dtype = choose_device(device)
     components = find_components(model, t5, clip, vae, tokenizers)
     pixels = picture_size(size, components.transformer)
     request = Request(prompt, prompt_t5, steps, guidance, seed, pixels)
     with console.steps_progress() as progress:
-        result = make(components, request, place, dtype, progress)
+        result = make(components, request, place, dtype, progress, text)
     save_png(result.image, output, result.settings, force)
     console.print_generation(output, result)
 
 
 @app.command()
 def demo(
-    output: Folder = Path("demo"),
-    model: Model = None,
-    threads: Threads = None,
+    output: opt.Folder = Path("demo"),
+    model: opt.Model = None,
+    threads: opt.Threads = None,
 ) -> None:
     """Convert the bundled model to FP8, Q8_0, Q5_0 and Q4_0, draw the same pictures with each, compare them."""
     from flux_quant import console

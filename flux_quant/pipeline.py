@@ -29,7 +29,7 @@ from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents, unpack_latents
 from flux_quant.sampling import Conditioning, Drawing, denoise, no_progress
 from flux_quant.schedules import noise_levels
-from flux_quant.text import TextFeatures, encode_clip, encode_t5
+from flux_quant.text import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -80,14 +80,15 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
+    text: TextOptions = AS_TRAINED,
 ) -> Result:
-    """All phases for one picture. Activations are in `dtype`, text and VAE always in float32."""
+    """All phases for one picture. Activations are in `dtype`, the VAE always in float32, text as `text` says."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
         refuse_image_inputs(components, model)
     with timed(seconds, "text"):
-        features = encode(components, [request], guided=model.config.guidance)
+        features = encode(components, [request], model.config.guidance, text)
     with timed(seconds, "load"):
         model.to(device)
     with timed(seconds, "denoise"):
@@ -95,7 +96,12 @@ def generate(
     del model
     with timed(seconds, "decode"):
         image = to_images(decode(load_vae(components.vae).to(device), latents))[0]
-    settings = dict(model=components.transformer.name, **asdict(request), dtype=str(dtype).removeprefix("torch."))
+    settings = dict(
+        model=components.transformer.name,
+        **asdict(request),
+        pad_to=features.txt.shape[1],
+        dtype=str(dtype).removeprefix("torch."),
+    )
     return Result(image, settings, seconds, peak_ram(), peak_vram(device))
 
 
@@ -122,12 +128,14 @@ def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def encode(components: Components, requests: Sequence[Request], guided: bool) -> TextFeatures:
-    """Both encoders, one after the other, for all requests."""
+def encode(
+    components: Components, requests: Sequence[Request], guided: bool, options: TextOptions = AS_TRAINED
+) -> TextFeatures:
+    """Both encoders, one after the other, for all requests. A request without a prompt for T5 gives it CLIP's."""
     t5_prompts = [request.prompt if request.prompt_t5 is None else request.prompt_t5 for request in requests]
-    length = None if guided else SCHNELL_LENGTH
-    txt = encode_t5(components.t5, components.tokenizers, t5_prompts, length)
-    pooled = encode_clip(components.clip, components.tokenizers, [request.prompt for request in requests])
+    most = LONGEST if guided else SCHNELL_LENGTH
+    txt = encode_t5(components.t5, components.tokenizers, t5_prompts, options, most)
+    pooled = encode_clip(components.clip, components.tokenizers, [request.prompt for request in requests], options)
     return TextFeatures(txt, pooled)
 
 

@@ -21,7 +21,7 @@ from flux_quant.components import Components
 from flux_quant.loading import load_clip, load_flux, load_t5, load_vae
 from flux_quant.model import Flux
 from flux_quant.sampling import make_scheduler
-from flux_quant.text import load_tokenizer
+from flux_quant.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

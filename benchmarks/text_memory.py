@@ -1,0 +1,203 @@
+"""T5-XXL on the CPU: how much memory an encoding takes, and how long, from files of full size with random weights.
+
+    python -I -m flux_quant.benchmarks.text_memory FOLDER [--formats q8_0 q4_k] [--threads 2] [--keep] [--save]
+
+FOLDER gets the files (4.9 and 2.7 GB as GGUF) and loses them again. Every encoding of 512 tokens is a process of its
+own. What counts is VmHWM, the largest resident size of the process as the kernel keeps it: RssAnon (libraries' data,
+activations, scratch) and RssFile (pages of mapped files that the process has touched: libraries and the encoder's
+file) together. Pages that were read ahead into the system's cache belong to no process. Linux only.
+
+The bound is torch's own product of float32, measured in the same process at T5's shapes: what an encoding would take if
+it were nothing but the products of its linears.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from flux_quant.benchmarks.machine import write_result
+from flux_quant.benchmarks.random_weights import SPREAD, random_parts
+from flux_quant.benchmarks.timing import product_rate
+from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.gguf_io import model_metadata
+from flux_quant.converters.t5_gguf import t5_metadata
+from flux_quant.converters.writer import create_checkpoint
+from flux_quant.encoders import Placement, t5_states
+from flux_quant.formats import FORMATS
+from flux_quant.loading import open_t5
+from flux_quant.naming import to_stored
+
+VOCABULARY, WIDTH, INNER, HEADS, BUCKETS, BLOCKS = 32128, 4096, 10240, 64, 32, 24
+TOKENS = 512
+PRECISE = ("norm.weight", "relative_attention_bias.weight")
+TABLES = {"q8_0": "q8_0"}  # format of the token vectors; others have them in q6_k, as llama.cpp
+BIAS = (BUCKETS, HEADS)
+BUDGET = 3_000_000_000
+CASES = ((None, False), (BUDGET, False), (BUDGET, True))  # budget of RAM, file to be read from the disk
+EVERY = 0.01  # seconds between two looks at the memory
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    out: dict[str, tuple[int, ...]] = {"shared.weight": (VOCABULARY, WIDTH)}
+    for i in range(BLOCKS):
+        attention, feed = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        out |= {f"{attention}.SelfAttention.{name}.weight": (WIDTH, WIDTH) for name in "qkvo"}
+        if i == 0:
+            out[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (BUCKETS, HEADS)
+        out |= {f"{feed}.DenseReluDense.{name}.weight": (INNER, WIDTH) for name in ("wi_0", "wi_1")}
+        out[f"{feed}.DenseReluDense.wo.weight"] = (WIDTH, INNER)
+        out |= {f"{layer}.layer_norm.weight": (WIDTH,) for layer in (attention, feed)}
+    return out | {"encoder.final_layer_norm.weight": (WIDTH,)}
+
+
+def make(path: Path, name: str) -> int:
+    """A GGUF with llama.cpp's names; returns its size in bytes."""
+    own = shapes()
+    kinds = {ours: "f32" if ours.endswith(PRECISE) else name for ours in own}
+    kinds["shared.weight"] = TABLES.get(name, "q6_k")
+    names = {ours: row.names[0] for ours, row in to_stored("T5 encoder", "llama.cpp", own).items()}
+    infos = [TensorInfo(names[ours], own[ours], kinds[ours]) for ours in own]
+    with create_checkpoint(path, infos, model_metadata("t5encoder", name) | t5_metadata(own), force=True) as writer:
+        for seed, info in enumerate(infos):
+            if info.format == "f32":
+                weight = torch.ones(info.shape) if len(info.shape) == 1 else torch.randn(info.shape) * SPREAD
+                writer.write(info.name, (weight,))
+            else:
+                writer.write(info.name, random_parts(FORMATS[info.format], info.shape, torch.device("cpu"), seed))
+    return path.stat().st_size
+
+
+def memory(*fields: str) -> dict[str, int]:
+    """Bytes, from this process' status."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    values = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
+    return {field: values[field] for field in fields}
+
+
+@contextmanager
+def watched(peaks: dict[str, int]) -> Iterator[None]:
+    """The largest RssAnon and RssFile, each for itself, in looks every EVERY seconds."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(EVERY):
+            for field, value in memory("RssAnon", "RssFile").items():
+                peaks[field] = max(peaks.get(field, 0), value)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def encode_once(path: Path, threads: int, budget: int | None, cold: bool) -> dict[str, object]:
+    """In a process of its own: memory and times of two encodings of the same tokens, the encoder opened for each."""
+    torch.set_num_threads(threads)
+    import transformers  # noqa: F401
+
+    before, peaks, seconds = memory("VmRSS"), {}, []
+    ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    if cold:
+        drop_from_cache(path)
+    start = time.perf_counter()
+    open_t5(path)[1].close()
+    opening = time.perf_counter() - start
+    with watched(peaks):
+        for _ in range(2):
+            start = time.perf_counter()
+            states = t5_states(path, ids, Placement(ram_budget=budget))
+            seconds.append(round(time.perf_counter() - start, 2))
+    assert states.isfinite().all()
+    del states
+    after = memory("VmRSS", "VmHWM")
+    return {
+        "before_gb": gigabytes(before["VmRSS"]),
+        "peak_gb": gigabytes(after["VmHWM"]),
+        "peak_anonymous_gb": gigabytes(peaks["RssAnon"]),
+        "peak_file_gb": gigabytes(peaks["RssFile"]),
+        "after_gb": gigabytes(after["VmRSS"]),
+        "opening_seconds": round(opening, 2),
+        "seconds": seconds,
+    }
+
+
+def drop_from_cache(path: Path) -> None:
+    """Its pages leave the system's cache, if nobody uses them."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def gigabytes(nbytes: int) -> float:
+    return round(nbytes / 1e9, 3)
+
+
+def bound(threads: int) -> dict[str, float]:
+    """Seconds of the products alone, at the rate of torch's float32."""
+    torch.set_num_threads(threads)
+    linears = [shape for name, shape in shapes().items() if len(shape) == 2 and name.startswith("encoder.block")]
+    flop = Counter({shape: 2 * TOKENS * linears.count(shape) * shape[0] * shape[1] for shape in set(linears) - {BIAS}})
+    rates = {shape: product_rate(torch.device("cpu"), torch.float32, TOKENS, *shape) for shape in flop}
+    return {
+        "tflop": round(flop.total() / 1e12, 3),
+        "gflops": {f"{n}x{k}": round(rates[n, k] / 1e9, 1) for n, k in rates},
+        "seconds": round(sum(flop[shape] / rates[shape] for shape in rates), 2),
+    }
+
+
+def in_a_process(call: str) -> dict[str, object]:
+    """The result of a call of this module, which must be JSON."""
+    code = f"import json\nfrom flux_quant.benchmarks.text_memory import *\nprint(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, formats: list[str], threads: int, keep: bool) -> dict[str, object]:
+    folder.mkdir(parents=True, exist_ok=True)
+    limit, rows = in_a_process(f"bound({threads})"), []
+    print(limit, flush=True)
+    for name in formats:
+        path = folder / f"t5xxl-random-{name}.gguf"
+        try:
+            nbytes = path.stat().st_size if path.exists() else make(path, name)
+            for budget, cold in CASES:
+                found = in_a_process(f"encode_once(Path({str(path)!r}), {threads}, {budget}, {cold})")
+                head = {"format": name, "file_gb": gigabytes(nbytes), "budget_gb": budget and gigabytes(budget)}
+                rows.append(head | {"file_in_cache": not cold} | found)
+                rows[-1]["over_bound"] = round(min(found["seconds"]) / limit["seconds"], 2)
+                print(rows[-1], flush=True)
+        finally:
+            if not keep:
+                path.unlink(missing_ok=True)
+    return {"tokens": TOKENS, "threads": threads, "bound": limit, "results": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--formats", nargs="+", default=["q8_0", "q4_k"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--keep", action="store_true", help="leave the files, and use those that are there")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    found = measure(args.folder, args.formats, args.threads, args.keep)
+    if args.save:
+        torch.set_num_threads(args.threads)  # what the fingerprint says
+        print(f"wrote {write_result('text_memory', found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
