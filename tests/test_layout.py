@@ -18,7 +18,7 @@ FOLDERS |= {"benchmarks": "flux_quant.benchmarks"}
 # A room imports rooms above its own line here, and itself. Rooms of one line do not know each other.
 LAYERS = (
     {"errors", "codecs"},
-    {"formats", "layouts", "schedules"},
+    {"formats", "layouts", "preview", "schedules"},
     {"naming"},
     {"arch", "families"},
     {"configs"},
@@ -27,7 +27,7 @@ LAYERS = (
     {"phases"},
     {"model", "embedding", "tokenizers", "prompts", "identity", "prompt_cache", "lora", "modulation", "planner"},
     {"loading", "sampling", "vae"},
-    {"components", "encoders", "latents"},
+    {"components", "encoders", "latents", "pictures", "request"},
     {"text"},
     {"pipeline"},
     {"calibration", "doctor"},
