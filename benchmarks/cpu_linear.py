@@ -1,19 +1,20 @@
 """Packed weights on the CPU: how fast they are unpacked, and what a linear layer over them costs beside a dense one.
 
-    python -I -m flux_quant.benchmarks.cpu_linear [--threads 2] [--types q8_0 q4_k] [--runs 7] [--save]
+    python -I -m flux_quant.benchmarks.cpu_linear [--threads 2] [--types q8_0 q4_k] [--runs 4] [--save]
 
 Unpacking: billions of weights per second of a weight (4096, 4096) into memory that is there already, by our loops on
 one thread and on all, by gguf.quants.dequantize (numpy, float32, one thread) and by the codec in torch on all threads;
-and of 64 rows that stay in the cache, as `linear` unpacks them, on one thread. Linear: milliseconds at the shapes of
+and of 256 rows that stay in the cache, as `linear` unpacks them, on one thread. Linear: milliseconds at the shapes of
 T5-XXL beside torch's product with the dense weight in float32 or bfloat16, whichever this processor multiplies faster.
-What is compared takes turns; of each the fastest run counts, and the median over the fastest tells how quiet the
-machine was. The process keeps to as many cores as threads, so that waiting threads of torch's are in the way of ours.
+
+What is compared takes turns, until so many rounds in a row have made nothing faster; the fastest run counts. The median
+over the fastest ("noise") tells how quiet the machine was.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -23,14 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flux_quant.benchmarks.machine import device_name, write_result
-from flux_quant.benchmarks.quantizers import keep_to
 from flux_quant.formats import FORMATS, QuantFormat
 from flux_quant.kernels import cpu_dequant, cpu_quantize
 
+MULTIPLIED = ("fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs")
 TYPES = tuple(name for name, fmt in FORMATS.items() if cpu_dequant.supports(fmt))
 SHAPES = {"q, k, v, o": (4096, 4096), "wi": (10240, 4096), "wo": (4096, 10240)}
 ROWS = (1, 16, 77, 512)
-UNPACKED, SLICE = (4096, 4096), 64
+UNPACKED, SLICE = (4096, 4096), 256
+BETTER, PATIENCE = 0.98, 6  # a gain that counts; rounds at most, in units of --runs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Work = dict[str, Callable[[], object]]
@@ -45,18 +47,28 @@ def fastest(work: Work, runs: int, threads: dict[str, int]) -> tuple[dict[str, f
     for name, run in work.items():
         torch.set_num_threads(threads[name])
         run()
-    for _ in range(runs):
+    idle = 0
+    for _ in range(PATIENCE * runs):
+        idle += 1
         for name, run in work.items():
             torch.set_num_threads(threads[name])
-            until = time.perf_counter() + 0.01
-            while True:
-                start = time.perf_counter()
-                run()
-                end = time.perf_counter()
-                seconds[name].append(end - start)
-                if end > until:
-                    break
+            times = timed(run)
+            if min(times) < BETTER * min(seconds[name], default=float("inf")):
+                idle = 0
+            seconds[name] += times
+        if idle == runs:
+            break
     return {name: min(times) for name, times in seconds.items()}, max(median(t) / min(t) for t in seconds.values())
+
+
+def timed(run: Callable[[], object], least: float = 0.01) -> list[float]:
+    """Seconds of runs that together take `least`."""
+    times: list[float] = []
+    while sum(times) < least:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def packed(fmt: QuantFormat, shape: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -88,7 +100,7 @@ def unpacking(fmt: QuantFormat, threads: int, runs: int) -> dict[str, object]:
     return {"type": fmt.name, **rates, **written, "noise": noise}
 
 
-def layers(names: list[str], threads: int, runs: int) -> Iterator[dict[str, object]]:
+def layers(names: Sequence[str], threads: int, runs: int) -> Iterator[dict[str, object]]:
     """Milliseconds of linear layers, dense and over packed weights."""
     formats = [FORMATS[name] for name in names]
     for layer, shape in SHAPES.items():
@@ -145,16 +157,15 @@ def table_of_layers(rows: list[dict[str, object]], threads: int) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, metavar="TYPE")
-    parser.add_argument("--runs", type=int, default=7, help="rounds; the fastest run counts")
+    parser.add_argument("--types", nargs="+", choices=TYPES, metavar="TYPE", help="all are unpacked, some multiplied")
+    parser.add_argument("--runs", type=int, default=4, help="rounds that make nothing faster")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args()
-    keep_to(args.threads)
     torch.set_num_threads(args.threads)
-    speeds = [unpacking(FORMATS[name], args.threads, args.runs) for name in args.types]
+    speeds = [unpacking(FORMATS[name], args.threads, args.runs) for name in args.types or TYPES]
     console = Console(width=150)
     console.print(table_of_unpacking(speeds, args.threads))
-    times = list(layers(args.types, args.threads, args.runs))
+    times = list(layers(args.types or MULTIPLIED, args.threads, args.runs))
     console.print(table_of_layers(times, args.threads))
     if args.save:
         torch.set_num_threads(args.threads)

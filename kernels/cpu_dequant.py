@@ -42,7 +42,7 @@ EXTRA = 8  # unpacking a weight takes as long as multiplying it with so many row
 SCRATCH = 1 << 21  # weights that a thread holds unpacked at most
 VECTORS, FEW, SOME = 2, 8, 64  # rows of x
 
-Target = tuple[np.ndarray, object]  # see `cpu_dequant_lanes`
+Target = tuple[np.ndarray, object]  # see `cpu_dequant_targets`
 Loop = Callable[[Target, int, int], None]  # first row, last row
 
 

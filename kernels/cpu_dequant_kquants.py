@@ -8,7 +8,6 @@ import numpy as np
 
 from flux_quant.kernels.cpu_batch import ZERO, F, exact
 from flux_quant.kernels.cpu_dequant_lanes import (
-    close,
     field,
     fields_of,
     half_at,
@@ -16,13 +15,13 @@ from flux_quant.kernels.cpu_dequant_lanes import (
     lane,
     load_bytes,
     pair,
-    put,
     raised,
     signed,
     unsigned,
     word_at,
 )
 from flux_quant.kernels.cpu_dequant_legacy import iq4_value
+from flux_quant.kernels.cpu_dequant_targets import close, put
 from flux_quant.kernels.cpu_lanes import splat
 
 FOUR, SHIFT = F(4), F(32)

@@ -1,6 +1,6 @@
 """Unpack blocks of 32 weights and FP8: the loops of `codecs.legacy`, `codecs.fp8` and of IQ4_NL in `codecs.iq4`.
 
-Each takes the bytes of a weight, a target (see `cpu_dequant_lanes`), the rows first .. last and the blocks of a row.
+Each takes the bytes of a weight, a target (see `cpu_dequant_targets`), the rows first .. last and the blocks of a row.
 Every value is formed by the operations of the codec in its order, each rounded on its own.
 """
 
@@ -9,18 +9,16 @@ import numpy as np
 from flux_quant.codecs.iq4 import VALUES
 from flux_quant.kernels.cpu_batch import ZERO, F, exact
 from flux_quant.kernels.cpu_dequant_lanes import (
-    close,
     e4m3,
     field,
     half_at,
     load_bytes,
-    put,
-    put_some,
     signed,
     spread_bits,
     table_of,
     unsigned,
 )
+from flux_quant.kernels.cpu_dequant_targets import close, put, put_some
 from flux_quant.kernels.cpu_lanes import WIDTH, splat
 
 EIGHT, SIXTEEN = F(8), F(16)
