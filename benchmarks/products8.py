@@ -21,6 +21,7 @@ from flux_quant.benchmarks.random_weights import PLAIN, on_device, random_parts
 from flux_quant.benchmarks.timing import Call, compare, copies_for
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat, format_named
 from flux_quant.kernels import eight_bit, fallback, fp8, int8_torch
+from flux_quant.kernels.eight_bit import Product
 
 Shape = tuple[int, int]
 Parts = tuple[Tensor, ...]
@@ -31,7 +32,7 @@ SAMPLED = 64
 
 def ways(
     shape: Shape, rows: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[QuantFormat, Parts, str]]:
+) -> dict[str, tuple[QuantFormat, Parts, Product]]:
     """Name of each way: the format, the parts of a weight in it, and what `eight_bit.linear` is told."""
     source = on_device("q8_0", device)
     parts = random_parts(source, shape, device)
@@ -41,16 +42,20 @@ def ways(
     found = {}
     for way in (eight_bit.TMA, eight_bit.TRITON, eight_bit.INT_MM):
         if int8_torch.obstacle(way, capability, rows, *shape) is None and (triton or way == eight_bit.INT_MM):
-            found[f"int8 by {way}"] = IN_MEMORY["int8_rows"], stored, way
+            found[f"int8 by {way}"] = IN_MEMORY["int8_rows"], stored, Product(way, "")
     fmt = IN_MEMORY[f"{on_device('q4_k', device).name} as int8"]
-    best, _ = eight_bit.int8_way(fmt, rows, shape, dtype, device)
-    if best:
+    best = eight_bit.int8_product(rows, shape, device)
+    if best.way:
         packed = random_parts(on_device("q4_k", device), shape, device)
         scale = int8_torch.weight_rows(on_device("q4_k", device), packed, eight_bit.group_for(shape[1]))[1]
         found["int8 from q4_k"] = fmt, (*packed, scale), best
     for way in fp8.fp8_ways(device, dtype):
         name = {"tensor": "fp8 as fp8", "row": "fp8_rows as fp8"}[way]
-        found[f"fp8 per {way}"] = IN_MEMORY[name], random_parts(format_named(IN_MEMORY[name].base), shape, device), way
+        found[f"fp8 per {way}"] = (
+            IN_MEMORY[name],
+            random_parts(format_named(IN_MEMORY[name].base), shape, device),
+            Product(way, ""),
+        )
     return found
 
 
@@ -78,12 +83,12 @@ def dense_call(x: Tensor, weights: list[Tensor]) -> Call:
     return lambda i: F.linear(x, weights[i])
 
 
-def eight_bit_call(x: Tensor, fmt: QuantFormat, parts: Parts, way: str, copies: int) -> Call:
+def eight_bit_call(x: Tensor, fmt: QuantFormat, parts: Parts, way: Product, copies: int) -> Call:
     rotated = [parts, *(tuple(part.clone() for part in parts) for _ in range(copies - 1))]
     return lambda i: eight_bit.linear(x, fmt, rotated[i], None, way)
 
 
-def error_of(x: Tensor, fmt: QuantFormat, parts: Parts, way: str) -> float:
+def error_of(x: Tensor, fmt: QuantFormat, parts: Parts, way: Product) -> float:
     rows = torch.linspace(0, len(x) - 1, min(len(x), SAMPLED), device=x.device).long()
     exact = F.linear(x[rows].double(), fmt.unpack(*parts).double())
     return ((eight_bit.linear(x, fmt, parts, None, way)[rows] - exact).norm() / exact.norm()).item()

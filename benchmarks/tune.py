@@ -16,6 +16,7 @@ from rich.table import Table
 from flux_quant.benchmarks.kernels import copies_of, formats
 from flux_quant.benchmarks.machine import device_name, write_result
 from flux_quant.benchmarks.timing import compare
+from flux_quant.formats import INT8_ROWS
 from flux_quant.kernels import fallback, tables
 
 LAYER = (9216, 3072)  # qkv of a double block
@@ -29,7 +30,8 @@ def run(device: torch.device, names: list[str]) -> dict[str, object]:
     def seconds(call: Callable[[int], object], copies: int) -> float:
         return compare({"it": call}, copies, device, ROUNDS)["it"].median
 
-    weights = ((fmt, LAYER, copies_of(fmt, LAYER, device)) for fmt in formats(device, names).values())
+    chosen = [*formats(device, names).values(), *([] if names else [INT8_ROWS])]
+    weights = ((fmt, LAYER, copies_of(fmt, LAYER, device)) for fmt in chosen)
     table, evidence = tuning.tune(device, weights, torch.bfloat16, seconds)
     return {"table": {name: [vars(step) for step in steps] for name, steps in table.items()}, "microseconds": evidence}
 

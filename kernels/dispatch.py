@@ -103,16 +103,16 @@ def multiplied(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
     """x (M, K) -> (M, N), by the way chosen for it."""
     shape = weight_shape(fmt, parts)
     if fmt.compute != "16-bit":
-        way, _ = eight_bit.way_for(fmt, len(x), shape, x.dtype, x.device)
+        how = eight_bit.product_for(fmt, len(x), shape, x.dtype, x.device)
 
         def in_eight_bits() -> Tensor:
-            return eight_bit.linear(x, fmt, parts, bias, way)
+            return eight_bit.linear(x, fmt, parts, bias, how)
 
         def in_more_bits() -> Tensor:
             return multiplied(x, *without_compute(fmt, parts), bias)
 
-        if way:
-            return fallback.guarded(f"{way} {fmt.name}, {x.dtype}", x.device, in_eight_bits, in_more_bits)
+        if how.way:
+            return fallback.guarded(f"{how.way} {fmt.name}, {x.dtype}", x.device, in_eight_bits, in_more_bits)
         return in_more_bits()
     way = way_for(fmt, len(x), shape, x.dtype, x.device, parts)
     if way.path == CPU:
@@ -190,12 +190,12 @@ def way_for(
 ) -> Way:
     """The way of `rows` rows in `dtype` through a weight of `shape` (N, K); `parts` are looked at if given."""
     if fmt.compute != "16-bit":
-        way, why = eight_bit.way_for(fmt, rows, shape, dtype, device)
-        if way:
-            return Way(fmt.compute, why)
+        how = eight_bit.product_for(fmt, rows, shape, dtype, device)
+        if how.way:
+            return Way(fmt.compute, how.why, how.config)
         fmt, parts = without_compute(fmt, parts or ())
         instead = way_for(fmt, rows, shape, dtype, device, parts or None)
-        return replace(instead, why=f"{why}; {instead.why}")
+        return replace(instead, why=f"{how.why}; {instead.why}")
     if fmt.is_plain:
         if fmt.parts[0].dtype == dtype:
             return Way(PLAIN, "the weight is stored in the input's dtype")

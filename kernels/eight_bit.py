@@ -2,10 +2,11 @@
 
 The format of a weight says that it is to be used so (`QuantFormat.compute`). int8 weights are stored as rotated rows of
 codes, or packed in fewer bits and expanded into the scratch whenever they are used. Where a device cannot do it, the
-layer runs in 16 bits: `way_for` gives the reason.
+layer runs in 16 bits: `product_for` gives the reason.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from flux_quant.codecs import int8 as int8_codec
 from flux_quant.codecs.rotation import group_for
 from flux_quant.formats import QuantFormat, Shape
-from flux_quant.kernels import fallback, fp8, int8_torch
+from flux_quant.kernels import fallback, fp8, int8_torch, tables
 from flux_quant.kernels.packed import row_slices, weight_shape
 
 TMA, TRITON, INT_MM = "tma", "triton", "int_mm"
@@ -21,53 +22,76 @@ HOPPER = (9, 0)
 FEW = 65  # rows from which on tiles of 128 are worth their memory
 
 
-def way_for(fmt: QuantFormat, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """(way, why) of a product in 8 bits, or ("", reason why it has to be done in 16)."""
-    return (int8_way if fmt.compute == "int8" else fp8_way)(fmt, rows, shape, dtype, device)
+@dataclass(frozen=True)
+class Product:
+    """How a product in 8 bits is computed and why; without a way, why it has to be done in 16."""
+
+    way: str
+    why: str
+    config: int | None = None  # number in the kernel's table of tiles, None for its own choice
 
 
-def int8_way(fmt: QuantFormat, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def product_for(fmt: QuantFormat, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Product:
+    """The product of `rows` rows in `dtype` with a weight of `shape` (N, K)."""
+    return int8_product(rows, shape, device) if fmt.compute == "int8" else fp8_product(fmt, shape, dtype, device)
+
+
+def int8_product(rows: int, shape: Shape, device: torch.device) -> Product:
     if device.type not in ("cpu", "cuda"):
-        return "", f"no int8 product on {device.type}"
+        return Product("", f"no int8 product on {device.type}")
+    reasons = int8_obstacles(rows, shape, device)
+    if TRITON in reasons and device.type == "cuda" and (steps := tables.measured(device).get("int8")):
+        step = tables.step_for(steps, rows)
+        if reasons.get(step.path, "") is None:
+            return Product(step.path, f"int8 by {step.path}; table measured", step.config)
+    found = next((way for way, reason in reasons.items() if reason is None), "")
+    return Product(found, f"int8 by {found}" if found else "; ".join(dict.fromkeys(reasons.values())))
+
+
+def int8_obstacles(rows: int, shape: Shape, device: torch.device) -> dict[str, str | None]:
+    """Way: None if it can be gone, else the reason; the most promising way first."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     order = [INT_MM] if fallback.triton_for(device) else [TMA, TRITON, INT_MM]
     reasons = {way: int8_torch.obstacle(way, capability, rows, *shape) for way in order}
     if capability != HOPPER or rows < FEW:
         reasons.pop(TMA, None)
-    found = next((way for way, reason in reasons.items() if reason is None), "")
-    return found, f"int8 by {found}" if found else "; ".join(dict.fromkeys(reasons.values()))
+    return reasons
 
 
-def fp8_way(fmt: QuantFormat, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def fp8_product(fmt: QuantFormat, shape: Shape, dtype: torch.dtype, device: torch.device) -> Product:
     if any(length % fp8.MULTIPLE for length in shape):
-        return "", f"an FP8 product takes multiples of {fp8.MULTIPLE}; the weight is {shape[0]} x {shape[1]}"
+        return Product("", f"an FP8 product takes multiples of {fp8.MULTIPLE}; the weight is {shape[0]} x {shape[1]}")
     ways = fp8.fp8_ways(device, dtype)
     wished = ("row",) if fmt.base == "fp8_rows" else ("tensor", "row")
     found = next((way for way in wished if way in ways), "")
-    return found, f"FP8, one scale per {found}" if found else f"no FP8 product by {' or '.join(wished)} on {device}"
+    return Product(
+        found, f"FP8, one scale per {found}" if found else f"no FP8 product by {' or '.join(wished)} on {device}"
+    )
 
 
-def linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, way: str) -> Tensor:
+def linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, how: Product) -> Tensor:
     """x (M, K), weight (N, K), bias (N) in x's dtype -> (M, N) in x's dtype."""
-    return (int8_linear if fmt.compute == "int8" else fp8_linear)(x, fmt, parts, bias, way)
+    return (int8_linear if fmt.compute == "int8" else fp8_linear)(x, fmt, parts, bias, how)
 
 
-def fp8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, way: str) -> Tensor:
+def fp8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, how: Product) -> Tensor:
     scale = parts[1] if len(parts) > 1 else torch.ones((), device=x.device)
     quantizer = fp8.quantize
     if fallback.triton_for(x.device, (8, 9)) is None:
         from flux_quant.kernels import rows8
 
         quantizer = rows8.quantize_fp8
-    return fp8.fp8_linear(x, parts[0], scale.reshape(-1) if scale.ndim else scale, bias, x.dtype, way, None, quantizer)
+    return fp8.fp8_linear(
+        x, parts[0], scale.reshape(-1) if scale.ndim else scale, bias, x.dtype, how.way, None, quantizer
+    )
 
 
-def int8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, way: str) -> Tensor:
+def int8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, how: Product) -> Tensor:
     codes, scale = quantized(x)
     outputs = []
     for rows, weight, weight_scale in weights(fmt, parts):
         some = None if bias is None else bias[rows]
-        outputs.append(product(codes, scale, weight, weight_scale, some, x.dtype, way))
+        outputs.append(product(codes, scale, weight, weight_scale, some, x.dtype, how))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -109,24 +133,25 @@ def product(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    way: str,
+    how: Product,
 ) -> Tensor:
     operands = codes, scale, weight, weight_scale, bias, dtype
-    if way == INT_MM:
+    if how.way == INT_MM:
         finish = None
         if fallback.triton_for(codes.device) is None:
             from flux_quant.kernels.int8 import finish
         return int8_torch.int_mm(*operands, finish)
     from flux_quant.kernels import int8
 
-    if way == TMA:
-        from flux_quant.kernels import int8_tma
+    if how.way != TMA:
+        tiles = int8.configs_of(codes.device)
+        return int8.int8_matmul(*operands, None if how.config is None else tiles[how.config])
+    from flux_quant.kernels import int8_tma
 
-        by_copy_engine, by_loads = int8_tma.int8_matmul_tma, int8.int8_matmul
-        return fallback.guarded(
-            "int8 by TMA", codes.device, lambda: by_copy_engine(*operands), lambda: by_loads(*operands)
-        )
-    return int8.int8_matmul(*operands)
+    def by_copy_engine() -> Tensor:
+        return int8_tma.int8_matmul_tma(*operands, int8_tma.CONFIGS[how.config or 0])
+
+    return fallback.guarded("int8 by TMA", codes.device, by_copy_engine, lambda: int8.int8_matmul(*operands))
 
 
 def prepared(fmt: QuantFormat, parts: Sequence[Tensor], compute: str) -> tuple[str, tuple[Tensor, ...]]:

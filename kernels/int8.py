@@ -65,9 +65,18 @@ CONFIGS = {  # lowest compute capability -> candidates, those for many rows firs
 
 def configs_for(capability: tuple[int, int], rows: int) -> tuple[Config, ...]:
     """Candidates for `rows` rows: tiles that are not twice as high as the rows, or the lowest."""
-    table = CONFIGS[max(lowest for lowest in CONFIGS if lowest <= capability)]
+    table = table_for(capability)
     lowest = min(config.bm for config in table)
     return tuple(config for config in table if config.bm < 2 * rows or config.bm == lowest)
+
+
+def table_for(capability: tuple[int, int]) -> tuple[Config, ...]:
+    return CONFIGS[max(lowest for lowest in CONFIGS if lowest <= capability)]
+
+
+def configs_of(device: torch.device) -> tuple[Config, ...]:
+    """All candidates of a device, by whose numbers `tables` knows them."""
+    return table_for(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
 
 
 @triton.jit

@@ -5,19 +5,23 @@ fastest is noted. Neighbouring numbers of rows with the same winner become one s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flux_quant.formats import QuantFormat
-from flux_quant.kernels import fallback, tables, triton_path
+from flux_quant.formats import INT8_ROWS, QuantFormat
+from flux_quant.kernels import eight_bit, fallback, tables, triton_path
 from flux_quant.kernels.tables import FUSED, TWO_PASS, VECTOR, Step
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MANY = 4608  # of int8 alone: its ways differ with many rows too
 SLACK = 0.97  # a way must be so much faster than two passes to replace them
 
 Seconds = Callable[[Callable[[int], object], int], float]  # (call with the number of a copy, copies) -> time of a call
 Copies = list[tuple[Tensor, ...]]
+Times = dict[int, dict[Step, float]]  # rows -> way -> seconds
 
 
 def options(fmt: QuantFormat, rows: int, shape: tuple[int, int], x: Tensor) -> Iterator[Step]:
@@ -29,27 +33,76 @@ def options(fmt: QuantFormat, rows: int, shape: tuple[int, int], x: Tensor) -> I
                 yield Step(rows, path, config)
 
 
-def measure(
-    fmt: QuantFormat, shape: tuple[int, int], copies: Copies, dtype: torch.dtype, seconds: Seconds
-) -> dict[int, dict[Step, float]]:
+def measure(fmt: QuantFormat, shape: tuple[int, int], copies: Copies, dtype: torch.dtype, seconds: Seconds) -> Times:
     """rows -> way -> seconds of one product."""
     found = {}
     for rows in ROWS:
         x = torch.randn(rows, shape[1], device=copies[0][0].device, dtype=dtype)
-        times = {}
-        for step in options(fmt, rows, shape, x):
-            try:
-                times[step] = seconds(
-                    lambda i, x=x, s=step: triton_path.run(s.path, x, fmt, copies[i], None, s.config), len(copies)
-                )
-            except Exception as error:  # a configuration that this card cannot run is no candidate
-                if not fallback.is_tritons(error):
-                    raise
-        found[rows] = times
+        found[rows] = timed(
+            options(fmt, rows, shape, x),
+            lambda step, i, x=x: triton_path.run(step.path, x, fmt, copies[i], None, step.config),
+            len(copies),
+            seconds,
+        )
     return found
 
 
-def steps_of(times: Mapping[int, Mapping[Step, float]]) -> tuple[Step, ...]:
+def int8_options(rows: int, shape: tuple[int, int], device: torch.device) -> Iterator[Step]:
+    """Ways of an int8 product, each with all its tiles."""
+    from flux_quant.kernels import int8, int8_tma
+
+    capability = torch.cuda.get_device_capability(device)
+    for way, reason in eight_bit.int8_obstacles(rows, shape, device).items():
+        if reason is None:
+            usable = int8.configs_for(capability, rows)
+            tiles = {eight_bit.TMA: int8_tma.CONFIGS, eight_bit.TRITON: int8.table_for(capability)}.get(way, (None,))
+            for number, tile in enumerate(tiles):
+                if way != eight_bit.TRITON or tile in usable:
+                    yield Step(rows, way, None if tile is None else number)
+
+
+def measure_int8(shape: tuple[int, int], copies: Copies, dtype: torch.dtype, seconds: Seconds) -> Times:
+    """As `measure`, for int8 rows; activations are quantized each time."""
+    found = {}
+    for rows in (*ROWS, MANY):
+        x = torch.randn(rows, shape[1], device=copies[0][0].device, dtype=dtype)
+        found[rows] = timed(
+            int8_options(rows, shape, x.device),
+            lambda step, i, x=x: eight_bit.linear(
+                x, INT8_ROWS, copies[i], None, eight_bit.Product(step.path, "", step.config)
+            ),
+            len(copies),
+            seconds,
+        )
+    return found
+
+
+def timed(
+    steps: Iterable[Step], run: Callable[[Step, int], object], copies: int, seconds: Seconds
+) -> dict[Step, float]:
+    """Seconds of each way that this card can go."""
+    times = {}
+    for step in steps:
+        try:
+            times[step] = seconds(partial(run, step), copies)
+        except Exception as error:  # a configuration that does not run here is no candidate
+            if not fallback.is_tritons(error):
+                raise
+    return times
+
+
+def int8_steps_of(times: Times) -> tuple[Step, ...]:
+    """The winner of each number of rows; the last one has no limit."""
+    steps: list[Step] = []
+    for rows, by_way in sorted(times.items()):
+        winner = min(by_way, key=by_way.get)
+        if steps and (steps[-1].path, steps[-1].config) == (winner.path, winner.config):
+            steps.pop()
+        steps.append(Step(rows, winner.path, winner.config))
+    return *steps[:-1], replace(steps[-1], rows=None)
+
+
+def steps_of(times: Times) -> tuple[Step, ...]:
     """The table of a format: the winner of each number of rows; beyond the last of them two passes."""
     steps: list[Step] = []
     for rows, by_way in sorted(times.items()):
@@ -71,15 +124,22 @@ def tune(
     dtype: torch.dtype,
     seconds: Seconds,
 ) -> tuple[tables.Table, dict[str, object]]:
-    """Measure and store -> the table, and the microseconds behind it. `weights`: formats with copies of a weight."""
+    """Measure and store -> the table, and the microseconds behind it.
+
+    `weights`: formats, shapes and copies of a weight; int8 rows among them if int8 is to be tuned.
+    """
     table, evidence = {}, {}
     for fmt, shape, copies in weights:
-        name = triton_path.file_format(fmt)
-        times = measure(fmt, shape, copies, dtype, seconds)
-        table[name] = steps_of(times)
-        evidence[name] = {
-            rows: {f"{step.path} {step.config}": round(t * 1e6, 1) for step, t in by_way.items()}
-            for rows, by_way in times.items()
-        }
+        if fmt is INT8_ROWS:
+            name, times = "int8", measure_int8(shape, copies, dtype, seconds)
+            table[name] = int8_steps_of(times)
+        else:
+            name, times = triton_path.file_format(fmt), measure(fmt, shape, copies, dtype, seconds)
+            table[name] = steps_of(times)
+        evidence[name] = {rows: microseconds(by_way) for rows, by_way in times.items()}
     tables.store(device, table, evidence)
     return table, evidence
+
+
+def microseconds(by_way: Mapping[Step, float]) -> dict[str, float]:
+    return {f"{step.path} {step.config}": round(seconds * 1e6, 1) for step, seconds in by_way.items()}

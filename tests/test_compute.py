@@ -160,9 +160,22 @@ def test_ways_of_int8_by_card(capability, way, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(fallback, "triton_for", lambda device, minimum=(7, 0): None)
     cuda = torch.device("cuda")
-    assert eight_bit.int8_way(IN_MEMORY["int8_rows"], 4608, (3072, 3072), torch.float16, cuda)[0] == way
-    few = eight_bit.int8_way(IN_MEMORY["int8_rows"], 16, (3072, 3072), torch.float16, cuda)[0]
+    monkeypatch.setattr(tables, "measured", lambda device: {})
+    assert eight_bit.int8_product(4608, (3072, 3072), cuda).way == way
+    few = eight_bit.int8_product(16, (3072, 3072), cuda).way
     assert few == ("int_mm" if capability == (7, 5) else "triton")
+
+
+def test_a_measured_table_decides_where_it_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(fallback, "triton_for", lambda device, minimum=(7, 0): None)
+    steps = (tables.Step(64, eight_bit.INT_MM), tables.Step(None, eight_bit.TRITON, 2))
+    monkeypatch.setattr(tables, "measured", lambda device: {"int8": steps})
+    cuda = torch.device("cuda")
+    chosen = eight_bit.int8_product(4608, (3072, 3072), cuda)
+    assert (chosen.way, chosen.config) == ("triton", 2) and "measured" in chosen.why
+    assert eight_bit.int8_product(64, (3072, 3072), cuda).way == "int_mm"
+    assert eight_bit.int8_product(64, (3076, 3072), cuda).way == "triton"  # int_mm takes multiples of 8
 
 
 @pytest.mark.gpu
