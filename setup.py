@@ -22,6 +22,7 @@ setup(
         "flux_quant",
         "flux_quant.codecs",
         "flux_quant.frontends",
+        "flux_quant.streaming",
         "flux_quant.kernels",
         "flux_quant.converters",
         "flux_quant.benchmarks",

@@ -1,7 +1,4 @@
-"""Transformer blocks that do not fit the GPU pass through it, one copy each, behind the compute.
-
-Moves buffers and knows nothing of what they hold.
-"""
+"""Which blocks stay on the device, and through which slots the others pass: a value, and its arithmetic."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -62,6 +59,8 @@ class StreamPlan:
         if homeless := [i for i in self.streamed if self.sizes[i] > largest]:
             i = homeless[0]
             raise UserError(f"block {self.names[i]} of {self.sizes[i]} bytes fits no slot; the largest has {largest}")
+        if idle := [ring for r, ring in enumerate(self.rings) if not self.blocks_of(r)]:
+            raise UserError(f"no block passes through the {idle[0].slots} slots of {idle[0].slot_bytes} bytes")
 
     @property
     def streamed(self) -> tuple[int, ...]:
