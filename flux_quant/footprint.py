@@ -34,14 +34,6 @@ ACCUMULATORS = 32 << 20  # of int8 products in torch, which stay in slices of th
 
 HOISTED = ("_mod.", ".modulation.", "adaLN_modulation.", "time_in.", "vector_in.", "guidance_in.")
 
-# Decoding, per position of the latent and byte of the dtype. Three maps of 256 channels live at once at the end; users'
-# programs reckon with what convolutions take beside them: `comfy/sd.py` 2178 * 64. Operations counted from the layers.
-VAE_BYTES, VAE_LIVE = 2178 * 64, 3 * 256 * 64
-VAE_FLOPS = 0.64e9
-VAE_WEIGHTS = 83_819_683
-TILES = (256, 192, 128, 96, 64, 48, 32)  # sides of tiles, positions of the latent
-TILE_OVERLAP = 0.25
-
 T5_HEADS, T5_CHANNELS = 64, 64
 
 
@@ -212,21 +204,7 @@ def workspace_bytes(capability: tuple[int, int]) -> int:
     return CUBLAS[max(lowest for lowest in CUBLAS if lowest <= capability)]
 
 
-# --- VAE and T5 -------------------------------------------------------------------------------------------------------
-
-
-def vae_bytes(rows: int, columns: int, dtype: str, batch: int = 1) -> int:
-    """Decoding a latent, or a tile of one, without the weights."""
-    return VAE_BYTES * rows * columns * BYTES[dtype] * batch
-
-
-def largest_tile(work: Work, dtype: str, room: int) -> int | None:
-    """0 if the whole picture fits `room` bytes, else the side of the largest tile that does; None if none does."""
-    picture = 3 * 4 * work.size[0] * work.size[1]  # float32, put together from tiles
-    if vae_bytes(*work.latent, dtype, work.batch) <= room:
-        return 0
-    fitting = (side for side in TILES if vae_bytes(side, side, dtype) + picture * work.batch <= room)
-    return next(fitting, None)
+# --- T5 ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

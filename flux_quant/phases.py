@@ -4,14 +4,18 @@ Each phase has its own weights: text encoder, modulation, blocks, VAE are never 
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 
-from flux_quant import footprint
+from flux_quant import footprint, vae
 from flux_quant.errors import UserError
-from flux_quant.footprint import BYTES, CONTEXT, FRAGMENTS, VAE_WEIGHTS, Model, TextEncoder, Work
+from flux_quant.footprint import BYTES, CONTEXT, FRAGMENTS, Model, TextEncoder, Work
 from flux_quant.gpus import Machine
 from flux_quant.memory import Budget, amount
 from flux_quant.steptime import Host, text_seconds
 from flux_quant.streaming import StreamPlan
+
+VAE_WEIGHTS = 83_819_683  # values
+VAE_FLOPS = 0.64e9  # of decoding a position of the latent, counted from the layers
 
 Parts = tuple[tuple[str, int], ...]  # what it is, bytes
 
@@ -79,14 +83,23 @@ def text(encoder: TextEncoder, work: Work, machine: Machine, budget: Budget, hos
 
 
 def modulation(model: Model, work: Work, machine: Machine, host: Host) -> Phase:
-    parts = (
+    seconds = model.modulation / host.rate(model.modulation, machine)
+    parts = modulation_parts(model, work, machine)
+    return Phase("modulation", f"{amount(model.modulation)}, once for all steps", parts, seconds)
+
+
+def modulation_parts(model: Model, work: Work, machine: Machine) -> Parts:
+    """One part of a block comes after the other: a double block has two."""
+    return (
         *fixed_parts(machine),
         ("scratch of unpacked weights", scratch_for(model, machine)),
-        ("weights on their way", 2 * max(block.modulation for block in model.blocks)),
+        ("weights on their way", max(block.modulation for block in model.blocks)),
         ("text, latents, modulation", footprint.state_bytes(model.config, work, machine.dtype)),
     )
-    seconds = model.modulation / host.rate(model.modulation, machine)
-    return Phase("modulation", f"{amount(model.modulation)}, once for all steps", parts, seconds)
+
+
+def modulation_peak(model: Model, work: Work, machine: Machine) -> int:
+    return sum(nbytes for _, nbytes in modulation_parts(model, work, machine))
 
 
 def denoise(fixed: Parts, stream: StreamPlan, work: Work, step: float) -> Phase:
@@ -96,44 +109,46 @@ def denoise(fixed: Parts, stream: StreamPlan, work: Work, step: float) -> Phase:
 
 
 def vae_dtype(machine: Machine) -> str:
-    """float16 overflows in FLUX.1's VAE."""
+    """As `vae.vae_dtype`: in float16 the values overflow."""
     return "bf16" if machine.dtype == "bf16" else "fp32"
 
 
 def decode(work: Work, machine: Machine, budget: Budget) -> Phase:
-    """In one piece, or in the largest tiles that fit."""
+    """In one piece, or in the fewest tiles that fit: what `vae.decode` does with that much memory."""
     dtype = vae_dtype(machine)
-    whole = decode_parts(work, machine, 0)
-    room = budget.nbytes - sum(nbytes for name, nbytes in whole if name != DECODING)
-    tile = footprint.largest_tile(work, dtype, room)
-    assert tile is not None, "check_minimum lets nothing through that the smallest tile does not fit"
-    rows, columns = work.latent
-    seconds = footprint.VAE_FLOPS * rows * columns * work.batch / machine.flops.get(dtype, machine.flops[machine.dtype])
-    if not tile:
-        return Phase("decode", f"in one piece, {dtype}", whole, seconds)
-    repeated = 1 / (1 - footprint.TILE_OVERLAP) ** 2
-    how = f"in tiles of {8 * tile} pixels, {dtype}: the whole needs {amount(sum(nbytes for _, nbytes in whole))}"
-    return Phase("decode", how, decode_parts(work, machine, tile), seconds * repeated)
+    tiling = decode_tiling(work, machine, budget.nbytes)
+    assert tiling is not None, "check_minimum lets nothing through that the smallest tile does not fit"
+    positions = tiling.count * tiling.height * tiling.width * work.batch
+    seconds = VAE_FLOPS * positions / machine.flops.get(dtype, machine.flops[machine.dtype])
+    return Phase("decode", f"{tiling}, {dtype}", decode_parts(machine, tiling), seconds)
 
 
-DECODING = "feature maps"
+def decode_tiling(work: Work, machine: Machine, budget: int) -> vae.Tiling | None:
+    room = (1 - vae.RESERVE) * (budget - sum(nbytes for _, nbytes in decode_parts(machine, None)))
+    memory, latent = vae_memory(machine), work.latent
+    if memory.nbytes(*latent) <= room:
+        return vae.Tiling(1, 1, *latent)
+    return vae.tiles_that_fit(*latent, room, memory)
 
 
-def decode_parts(work: Work, machine: Machine, tile: int) -> Parts:
-    """tile: its side, positions of the latent; 0 for the whole."""
-    dtype = vae_dtype(machine)
-    if tile:
-        picture = 12 * work.size[0] * work.size[1] * work.batch
-        maps = footprint.vae_bytes(tile, tile, dtype) + picture
-    else:
-        maps = footprint.vae_bytes(*work.latent, dtype, work.batch)
-    return (*fixed_parts(machine), ("VAE's weights", VAE_WEIGHTS * BYTES[dtype]), (DECODING, maps))
+def vae_memory(machine: Machine) -> vae.Memory:
+    return vae.Memory(vae.DECODE * BYTES[vae_dtype(machine)])
+
+
+def decode_parts(machine: Machine, tiling: vae.Tiling | None) -> Parts:
+    """One picture at a time; the picture itself is put together in RAM."""
+    weights = VAE_WEIGHTS * BYTES[vae_dtype(machine)]
+    maps = int(vae_memory(machine).nbytes(tiling.height, tiling.width)) if tiling else 0
+    return (*fixed_parts(machine), ("VAE's weights", weights), ("feature maps", maps))
 
 
 def minimum(model: Model, work: Work, machine: Machine) -> int:
     """The least budget that can do this work: one slot, text on the processor, the smallest tiles."""
     denoising = sum(nbytes for _, nbytes in denoising_parts(model, work, machine)) + model.largest
-    return max(denoising, sum(nbytes for _, nbytes in decode_parts(work, machine, footprint.TILES[-1])))
+    smallest = (vae.tile_length(side, vae.MOST_TILES) for side in work.latent)
+    maps = vae_memory(machine).nbytes(*smallest) / (1 - vae.RESERVE)
+    decoding = sum(nbytes for _, nbytes in decode_parts(machine, None)) + ceil(maps)
+    return max(denoising, decoding, modulation_peak(model, work, machine))
 
 
 def check_minimum(model: Model, work: Work, machine: Machine, budget: Budget) -> None:

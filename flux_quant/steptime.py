@@ -14,14 +14,11 @@ from math import inf
 from flux_quant.footprint import TRITON, Block, Model, TextEncoder, Work
 from flux_quant.gpus import Machine
 from flux_quant.streaming import StreamPlan
+from flux_quant.streaming.memory import RESERVE, SHARE
 
 LAUNCH = 3e-6  # seconds of a kernel that unpacks a weight
 UNITS = {True: (24, 19), False: (110, 103)}  # pointwise bytes of a double and a single block, see `kernels.fused`
 PASSES = 4  # until the steady state; the last one counts
-
-LEFT_TO_OTHERS = 4_000_000_000  # bytes of RAM
-PINNED_ON_WINDOWS = 0.4  # of RAM; above half of it drivers refuse
-PINNED = 0.9
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,9 @@ class Host:
     @classmethod
     def of(cls, ram: int, windows: bool = False) -> "Host":
         """Of a machine with `ram` bytes, or a container that may use as much."""
-        usable = max(0, ram - LEFT_TO_OTHERS)
-        pinned = min(usable, int(ram * (PINNED_ON_WINDOWS if windows else PINNED)))
-        return cls(pinned, usable - pinned)
+        most = max(int(SHARE * ram), min(int(0.9 * ram), ram - RESERVE))  # as `streaming.pin_budget`
+        pinned = int(SHARE * ram) if windows else most
+        return cls(pinned, max(0, ram - RESERVE - pinned))
 
     def split(self, nbytes: int) -> tuple[int, int, int]:
         """Of that many bytes: pinned, pageable, left in the file."""
