@@ -16,12 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from flux_quant.converters import folders, gguf_io, pickle_io, safetensors_io
 from flux_quant.converters.container import Contents, MappedFile, TensorInfo
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
+from flux_quant.kernels import dispatch
 
 CONTAINERS = {".safetensors": safetensors_io, ".gguf": gguf_io}  # by suffix
 
@@ -212,9 +214,7 @@ def check_split(readers: list[FileReader]) -> None:
 
 def load(reader: CheckpointReader, name: str) -> Tensor:
     """One weight unpacked to float32; it never shares memory with the file."""
-    parts = reader.read(name)
-    weight = FORMATS[reader.tensors[name].format].unpack(*parts)
-    return weight.clone() if weight.data_ptr() == parts[0].data_ptr() else weight
+    return dispatch.dequantize(FORMATS[reader.tensors[name].format], reader.read(name), torch.float32)
 
 
 def container_for(path: Path) -> ModuleType:

@@ -25,6 +25,7 @@ from flux_quant.converters.soundness import first_bad_row
 from flux_quant.errors import UserError
 from flux_quant.families import Family
 from flux_quant.formats import FORMATS, Shape
+from flux_quant.kernels import dispatch
 
 Model = Component | CheckpointReader  # the reader itself where no model is known
 Progress = Callable[[str, int, int], None]  # phase, parameters done, parameters in all
@@ -231,8 +232,9 @@ def deviation_of(model: Model, source: Model, info: TensorInfo, other: TensorInf
     for first, last in row_ranges(info.shape):
         rows, wanted = take_rows(parts, first, last), take_rows(originals, first, last)
         same = fmt is original and all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(rows, wanted, strict=True))
-        weight = original.unpack(*wanted)
-        total += Deviation(square_sum(weight), 0.0 if same else square_sum(weight - fmt.unpack(*rows)))
+        weight = dispatch.dequantize(original, wanted, torch.float32)
+        stored = weight if same else dispatch.dequantize(fmt, rows, torch.float32)
+        total += Deviation(square_sum(weight), square_sum(weight - stored))
         identical &= same
     del parts, originals
     model.forget(info.name)

@@ -16,7 +16,7 @@ The loops form each value as the codec does, bit for bit; 16-bit values are thos
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import prod
 from queue import SimpleQueue
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flux_quant.formats import QuantFormat, Shape
 from flux_quant.kernels.cpu_threads import compiled, threads_for
-from flux_quant.kernels.packed import weight_shape
+from flux_quant.kernels.packed import Rows, row_slices, weight_shape
 
 MODULES = dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"), "cpu_dequant_legacy")
 MODULES |= dict.fromkeys(("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs"), "cpu_dequant_kquants")
@@ -38,6 +38,7 @@ VIEWS = {
 }  # as the loops tell them
 LANES = 16  # weights that a loop takes at a time
 SHARE = 1 << 22  # weights that are worth a thread
+GRADIENT_BYTES = 16 << 20  # of unpacked weight that the backward pass multiplies with at a time
 EXTRA = 8  # unpacking a weight takes as long as multiplying it with so many rows of x
 SCRATCH = 1 << 21  # weights that a thread holds unpacked at most
 VECTORS, FEW, SOME = 2, 8, 64  # rows of x
@@ -77,6 +78,18 @@ def dequantize(fmt: QuantFormat, parts: Sequence[Tensor], out: Tensor, rows: sli
     if out.numel():
         count, columns = rows_and_columns(shape)
         by_rows(loop_for(fmt, parts), (flat(out), columns, 0), count, columns)
+
+
+def pieces(fmt: QuantFormat, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Rows, Tensor]]:
+    """Rows of a weight (N, K) in `dtype`, for `passes`: each overwrites the one before."""
+    shape = weight_shape(fmt, parts)
+    scratch = None
+    for rows in row_slices(shape, GRADIENT_BYTES, dtype.itemsize):
+        if scratch is None:
+            scratch = torch.empty(rows.stop - rows.start, shape[1], dtype=dtype)
+        weight = scratch[: rows.stop - rows.start]
+        dequantize(fmt, parts, weight, rows)
+        yield rows, weight
 
 
 def linear(

@@ -160,7 +160,11 @@ def run_input_gradient(grad: Tensor, fmt: QuantFormat, parts: Sequence[Tensor]) 
         return passes.input_gradient(flat, torch_path.pieces(fmt, parts, flat.dtype), k)
 
     unpacker, _ = unpacker_for(fmt, parts)
-    if unpacker == tables.TWO_PASS and flat.numel():
+    if unpacker == CPU and not fmt.is_plain:
+        from flux_quant.kernels import cpu_dequant
+
+        out = passes.input_gradient(flat, cpu_dequant.pieces(fmt, parts, flat.dtype), k)
+    elif unpacker == tables.TWO_PASS and flat.numel():
         from flux_quant.kernels import triton_path
 
         def run() -> Tensor:
