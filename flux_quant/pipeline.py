@@ -2,76 +2,79 @@
 
     components = find_components(Path("models/diffusion_models/flux1-dev.safetensors"))
     result = generate(components, Request(prompt="a red fox", size=(1024, 1024)))
-    save_png(result.images[0], Path("fox.png"), result.settings)
+    save_png(result.images[0], Path("fox.png"), result.settings_of(0))
 
 The starting noise is that of diffusers' FluxPipeline with a CPU generator of the same seed.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flux_quant import __version__
-from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
+from flux_quant import preview, vae
+from flux_quant.arch import FluxConfig
 from flux_quant.components import Components
-from flux_quant.converters.output import OutputFile
+from flux_quant.configs import vae_config
+from flux_quant.converters.component import open_component
 from flux_quant.errors import UserError
-from flux_quant.loading import load_flux, load_vae
+from flux_quant.latents import Latents, load_latents, save_latents
+from flux_quant.loading import load_flux, load_vae, shapes_of
 from flux_quant.model import Flux, pack_latents, unpack_latents
-from flux_quant.sampling import Conditioning, Drawing, denoise, no_progress
-from flux_quant.schedules import noise_levels
+from flux_quant.modulation import HoistedModulation, hoisted_modules, move_without_
+from flux_quant.pictures import composite, latent_mask, read_mask, read_picture, save_png, to_images
+from flux_quant.request import Request
+from flux_quant.sampling import Callback, Conditioning, Drawing, StepState, denoise, no_progress, steering_calls
 from flux_quant.text import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from PIL import Image
 
-PATCH = 16  # pixels of a token: 8 of the VAE times 2
 SCHNELL_LENGTH = 256  # tokens of T5 that [schnell] was trained with
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
-@dataclass(frozen=True)
-class Request:
-    """One picture to be made."""
-
-    prompt: str
-    prompt_t5: str | None = None  # another prompt for T5; CLIP always reads `prompt`
-    steps: int = 20
-    guidance: float = 3.5
-    seed: int = 0
-    size: tuple[int, int] = (1024, 1024)  # width, height in pixels
-
-    def __post_init__(self) -> None:
-        for side in self.size:
-            if side < PATCH or side % PATCH:
-                raise UserError(f"size {self.size[0]}x{self.size[1]}: both sides must be multiples of {PATCH}")
-        if self.steps < 1:
-            raise UserError(f"steps {self.steps}: at least 1 is needed")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.size[1] // PATCH, self.size[0] // PATCH
-
-
 @dataclass
 class Result:
-    image: "Image.Image"
+    images: list["Image.Image"]
     settings: dict[str, object]
+    seeds: tuple[int, ...]
+    steps: int  # that were taken
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     peak_ram: int = 0  # bytes of the process so far
     peak_vram: int = 0  # bytes allocated by torch
+
+    @property
+    def image(self) -> "Image.Image":
+        return self.images[0]
+
+    def settings_of(self, picture: int) -> dict[str, object]:
+        return {**self.settings, "seed": self.seeds[picture]}
+
+
+class Given(NamedTuple):
+    """A picture (1, 3, H, W) to begin with, its latents (1, 16, h, w), and where it is drawn anew (1, 1, H, W)."""
+
+    picture: Tensor
+    latents: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class LatentFiles:
+    """Where latents go before they are decoded."""
+
+    keep: Path | None = None  # they stay there
+    rescue: Path | None = None  # they lie there while they are decoded, and stay only if that fails
+    force: bool = False  # replace `keep` if it exists
 
 
 def generate(
@@ -81,28 +84,137 @@ def generate(
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
     text: TextOptions = AS_TRAINED,
+    callback: Callback | None = None,
+    files: LatentFiles = LatentFiles(),
 ) -> Result:
-    """All phases for one picture. Activations are in `dtype`, the VAE always in float32, text as `text` says."""
+    """All phases. Activations and VAE are in `dtype` (the VAE in float32 where the card lacks it), text as it says."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
         refuse_image_inputs(components, model)
+        open_component(components.vae, "VAE")  # what is wrong with it is better known before the work
+        levels = request.levels(model.config.guidance)
+    given = None
+    if request.image is not None:
+        with timed(seconds, "encode"):
+            given = read_given(request, components.vae, device, dtype)
     with timed(seconds, "text"):
-        features = encode(components, [request], model.config.guidance, text)
+        features = encode(components, texts_of(request), model.config.guidance, text)
+    drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, given)
+    with timed(seconds, "modulation"):
+        modulation = HoistedModulation(model)
+        modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype)
     with timed(seconds, "load"):
-        model.to(device)
+        move_without_(model, device, hoisted_modules(model))
     with timed(seconds, "denoise"):
-        latents = denoise_batch(model, features, [request], device, dtype, progress)
-    del model
-    with timed(seconds, "decode"):
-        image = to_images(decode(load_vae(components.vae).to(device), latents))[0]
+        tokens = denoise(model, drawing, dtype, modulation, progress, callback)
+    latents = unpack_latents(tokens, *request.grid).cpu()
     settings = dict(
         model=components.transformer.name,
-        **asdict(request),
+        **request.settings(),
         pad_to=features.txt.shape[1],
         dtype=str(dtype).removeprefix("torch."),
     )
-    return Result(image, settings, seconds, peak_ram(), peak_vram(device))
+    del model, modulation, drawing, tokens
+    release(device)
+    kept = (given.picture, given.mask) if given and given.mask is not None else (None, None)
+    saved = Latents(latents, *kept, settings | {"seeds": request.all_seeds, "vae": str(components.vae.absolute())})
+    with timed(seconds, "decode"), on_disk(saved, files):
+        images = decode_latents(saved, components.vae, device, dtype)
+    return Result(images, settings, request.all_seeds, len(levels) - 1, seconds, peak_ram(), peak_vram(device))
+
+
+def read_given(request: Request, vae_file: Path, device: torch.device | str, dtype: torch.dtype) -> Given:
+    picture = read_picture(request.image, request.size)
+    mask = read_mask(request.mask, request.size) if request.mask else None
+    model = placed_vae(vae_file, device, dtype)
+    return Given(picture, vae.encode(model, picture, vae.free_memory(device)), mask)
+
+
+def placed_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> "AutoencoderKL":
+    """On the device, in the dtype that suits it. By torch's `to`: diffusers' own complains of any cast."""
+    return torch.nn.Module.to(load_vae(path), device, vae.vae_dtype(device, dtype))
+
+
+def texts_of(request: Request) -> list[Request]:
+    """What is encoded: the prompt, and the negative one for both encoders."""
+    negative = [] if request.negative is None else [replace(request, prompt=request.negative, prompt_t5=None)]
+    return [request, *negative]
+
+
+@contextmanager
+def on_disk(saved: Latents, files: LatentFiles) -> Iterator[None]:
+    """While the latents are decoded they lie in a file; UserError that names it if that fails."""
+    path = files.keep or (free_name(files.rescue) if files.rescue else None)
+    if path is None:
+        yield
+        return
+    save_latents(path, saved, files.force and path == files.keep)
+    try:
+        yield
+    except (UserError, RuntimeError, MemoryError) as error:
+        raise UserError(f"decoding failed: {error}; the latents are in {path}: flux-quant decode {path}") from error
+    except BaseException:
+        discard(path, files)
+        raise
+    discard(path, files)
+
+
+def discard(path: Path, files: LatentFiles) -> None:
+    if path != files.keep:
+        path.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 ... that does not exist."""
+    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") if i > 1 else path for i in range(1, 1000))
+    return next(name for name in names if not name.exists())
+
+
+def decode_latents(
+    saved: Latents, vae_file: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list["Image.Image"]:
+    """In the largest tiles that fit; a picture that was kept around a mask is put back, pixel by pixel."""
+    model = placed_vae(vae_file, device, dtype)
+    pictures = vae.decode(model, saved.latents, vae.free_memory(device))
+    if saved.mask is not None:
+        pictures = composite(pictures, saved.picture, saved.mask)
+    return to_images(pictures)
+
+
+def decode_file(
+    path: Path,
+    vae_file: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Result:
+    """A drawing that was saved before it was decoded. Without `vae_file` the VAE that it was made with."""
+    saved = load_latents(path)
+    settings = dict(saved.settings)
+    found = vae_file or Path(str(settings.get("vae", "")))
+    if not found.is_file():
+        raise UserError(f"{path} does not say which VAE decodes it ({found} is no file); give one with --vae")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "decode"):
+        images = decode_latents(saved, found, device, dtype)
+    seeds = settings.pop("seeds", None)
+    if not isinstance(seeds, list) or len(seeds) != len(images):
+        seeds = range(len(images))
+    settings.pop("vae", None)
+    return Result(images, settings, tuple(seeds), 0, seconds, peak_ram(), peak_vram(device))
+
+
+def previewer(path: Path, vae_file: Path) -> Callback:
+    """A callback that writes, after each step, a small picture of what is to come. UserError if the VAE has no map."""
+    widths = tuple(vae_config(shapes_of(open_component(vae_file, "VAE")))["block_out_channels"])
+    if widths not in preview.FACTORS:
+        raise UserError(f"{vae_file}: there is no linear preview for a VAE of widths {', '.join(map(str, widths))}")
+
+    def write(state: StepState) -> None:
+        pictures = preview.to_rgb(state.estimate, widths).cpu()
+        save_png(to_images(torch.cat([*pictures], dim=-1)[None])[0], path, {"step": state.step + 1}, force=True)
+
+    return write
 
 
 def refuse_image_inputs(components: Components, model: Flux) -> None:
@@ -139,6 +251,42 @@ def encode(
     return TextFeatures(txt, pooled)
 
 
+def make_drawing(
+    requests: Sequence[Request],
+    config: FluxConfig,
+    features: TextFeatures,
+    device: torch.device | str = "cpu",
+    levels: Sequence[float] | None = None,
+    given: Given | None = None,
+) -> Drawing:
+    """Requests that differ in prompt and seed only. Features are of all of them, or of one prompt for all; with
+    negative prompts, the latter half is of those."""
+    first = requests[0]
+    negative = None
+    if first.negative is not None:
+        half = len(features.txt) // 2
+        features, away = features[:half], features[half:]
+        negative = Conditioning(away.txt.to(device), away.pooled.to(device))
+    known = mask = None
+    if given is not None:
+        known = pack_latents(given.latents).to(device)
+        if given.mask is not None:
+            places = latent_mask(given.mask).expand(-1, given.latents.shape[1], -1, -1)
+            mask = pack_latents(places.contiguous()).to(device)
+    return Drawing(
+        noise=torch.cat([starting_noise(request, config.in_channels) for request in requests]).to(device),
+        text=Conditioning(features.txt.to(device), features.pooled.to(device)),
+        grid=first.grid,
+        levels=first.levels(config.guidance) if levels is None else levels,
+        guidance=first.guidance,
+        negative=negative,
+        cfg=first.cfg,
+        cfg_range=first.cfg_range,
+        known=known,
+        mask=mask,
+    )
+
+
 def denoise_batch(
     model: Flux,
     features: TextFeatures,
@@ -148,12 +296,8 @@ def denoise_batch(
     progress: Progress = no_progress,
 ) -> Tensor:
     """Requests that differ in prompt and seed only -> latents (B, 16, height / 8, width / 8) float32."""
-    first = requests[0]
-    noise = torch.cat([starting_noise(request, model.config.in_channels) for request in requests])
-    noise, txt, pooled = (tensor.to(device) for tensor in (noise, features.txt, features.pooled))
-    levels = noise_levels("euler", first.steps, noise.shape[1], model.config.guidance)
-    drawing = Drawing(noise, Conditioning(txt, pooled), first.grid, levels, first.guidance)
-    return unpack_latents(denoise(model, drawing, dtype, progress=progress), *first.grid)
+    drawing = make_drawing(requests, model.config, features, device)
+    return unpack_latents(denoise(model, drawing, dtype, progress=progress), *requests[0].grid)
 
 
 def starting_noise(request: Request, channels: int) -> Tensor:
@@ -163,38 +307,18 @@ def starting_noise(request: Request, channels: int) -> Tensor:
     return pack_latents(torch.randn(1, channels // 4, 2 * rows, 2 * columns, generator=generator))
 
 
-@torch.no_grad()
-def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """latents (B, 16, h, w) -> pictures (B, 3, 8 h, 8 w) float32 in 0-1 on the CPU."""
-    pictures = vae.decode(latents / LATENT_SCALE + LATENT_SHIFT).sample
-    return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
-
-
-def to_images(pictures: Tensor) -> list["Image.Image"]:
-    from PIL import Image
-
-    return [Image.fromarray((p.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for p in pictures]
-
-
-def save_png(image: "Image.Image", path: Path, settings: dict[str, object], force: bool = False) -> None:
-    """Complete or not at all. The settings lie in the PNG as JSON under the key `flux_quant`."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("Software", f"flux_quant {__version__}")
-    info.add_text("flux_quant", json.dumps(settings))
-    encoded = BytesIO()
-    image.save(encoded, format="PNG", pnginfo=info)
-    with OutputFile(path, len(encoded.getvalue()), force) as file:
-        file.write(0, encoded.getvalue())
-
-
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Adds the time of the block to a phase."""
     start = time.perf_counter()
     yield
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def release(device: torch.device | str) -> None:
+    """What torch holds in reserve goes back, so that the next phase finds it in one piece."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_ram() -> int:

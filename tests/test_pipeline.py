@@ -20,7 +20,8 @@ from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_vae
 from flux_quant.naming import vae_to_diffusers
-from flux_quant.pipeline import Request, decode, generate, save_png, starting_noise
+from flux_quant.pipeline import Request, generate, save_png, starting_noise
+from flux_quant.vae import decode
 
 PROMPT = "large red apple on a white background"
 
@@ -70,7 +71,7 @@ def test_generation_reports_phases_and_settings(bundled: Components, tmp_path: P
     request = Request(PROMPT, steps=2, size=(32, 48))
     result = generate(bundled, request, progress=lambda steps: (seen.append(i) or i for i in steps))
     assert seen == [0, 1]
-    assert set(result.seconds) == {"load", "text", "denoise", "decode"}
+    assert set(result.seconds) == {"load", "text", "modulation", "denoise", "decode"}
     assert result.peak_ram > 1e8
     path = tmp_path / "picture.png"
     save_png(result.image, path, result.settings)

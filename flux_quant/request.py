@@ -1,0 +1,107 @@
+"""What a user asks for: a value that refuses, with the remedy, what no picture can be made from."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from flux_quant.errors import UserError
+from flux_quant.schedules import SCHEDULES, from_denoise, from_strength, noise_levels
+
+PATCH = 16  # pixels of a token: 8 of the VAE times 2
+STRENGTH = 0.6  # diffusers' default for FLUX.1
+AREAS = 0.095, 2.1  # megapixels between which FLUX.1 draws well: 0.1 to 2, and a little
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to be made, or one for each of several seeds."""
+
+    prompt: str
+    prompt_t5: str | None = None  # another prompt for T5; CLIP always reads `prompt`
+    steps: int = 20
+    guidance: float = 3.5  # a number that [dev] was trained with; costs nothing
+    seed: int = 0
+    size: tuple[int, int] = (1024, 1024)  # width, height in pixels
+    scheduler: str = "euler"
+    seeds: tuple[int, ...] = ()  # instead of `seed`: a batch
+    negative: str | None = None  # what the picture is led away from, by true classifier-free guidance
+    cfg: float = 1.0  # its scale; every step in its range takes twice as long
+    cfg_range: tuple[float, float] = (0.0, 1.0)  # in parts of the steps
+    image: Path | None = None  # a picture to begin with
+    strength: float | None = None  # how much of it changes: the share of the steps that is taken
+    denoise: float | None = None  # the same as ComfyUI means it: all steps are taken, from a later beginning
+    mask: Path | None = None  # white where the given picture is drawn anew
+
+    def __post_init__(self) -> None:
+        for complaint in self.complaints():
+            raise UserError(complaint)
+
+    def complaints(self) -> Iterator[str]:
+        width, height = self.size
+        if any(side < PATCH or side % PATCH for side in self.size):
+            yield f"size {width}x{height}: both sides must be multiples of {PATCH}"
+        if self.steps < 1:
+            yield f"steps {self.steps}: at least 1 is needed"
+        if self.scheduler not in SCHEDULES:
+            yield f"scheduler {self.scheduler} is unknown; choose one of {', '.join(SCHEDULES)}"
+        if (self.cfg > 1) != (self.negative is not None):
+            yield "a negative prompt and a cfg above 1 work only together; give both, for example cfg 3.5"
+        if not 0 <= self.cfg_range[0] < self.cfg_range[1] <= 1:
+            yield f"cfg range {self.cfg_range[0]:g} to {self.cfg_range[1]:g}: choose a part of 0 to 1"
+        if self.image is None and not (self.mask is self.strength is self.denoise is None):
+            yield "a mask, strength or denoise needs a given picture (image)"
+        if self.strength is not None and self.denoise is not None:
+            yield "strength and denoise exclude each other: diffusers' and ComfyUI's ways to say the same"
+        if any(not 0 <= seed < 1 << 64 for seed in self.all_seeds):
+            yield "seeds go from 0 to 2^64 - 1"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.size[1] // PATCH, self.size[0] // PATCH
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return self.seeds or (self.seed,)
+
+    def one_by_one(self) -> list["Request"]:
+        """A request for each seed."""
+        return [replace(self, seed=seed, seeds=()) for seed in self.all_seeds]
+
+    def levels(self, guided: bool) -> list[float]:
+        """The noise levels of its steps, see `schedules`. UserError if none is left."""
+
+        def levels(steps: int) -> list[float]:
+            return noise_levels(self.scheduler, steps, self.grid[0] * self.grid[1], guided)
+
+        if self.image is None:
+            return levels(self.steps)
+        if self.denoise is not None:
+            return from_denoise(levels, self.steps, self.denoise)
+        return from_strength(levels(self.steps), STRENGTH if self.strength is None else self.strength)
+
+    def settings(self) -> dict[str, object]:
+        """For JSON; what was not used is left out."""
+        unused = Request("", prompt_t5=self.prompt_t5)
+        fields = {"steps", "guidance", "seed", "size", "prompt", "prompt_t5"}
+        given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+
+
+def drawable_size(size: tuple[int, int], recommended: tuple[int, int] = (1024, 1024)) -> tuple[int, int]:
+    """The nearest size with sides that are multiples of 16; warns if it is another one, or far from the recommended."""
+    if min(size) < 1:
+        raise UserError(f"size {size[0]}x{size[1]}: both sides must be positive")
+    width, height = (max(PATCH, round(side / PATCH) * PATCH) for side in size)
+    if (width, height) != tuple(size):
+        change = f"size {size[0]}x{size[1]} becomes {width}x{height}"
+        warnings.warn(f"{change}: sides are multiples of {PATCH}", stacklevel=2)
+    area = width * height / (recommended[0] * recommended[1]) * 1.048576
+    if not AREAS[0] <= area <= AREAS[1]:
+        warnings.warn(
+            f"{width}x{height} is far from the {recommended[0]}x{recommended[1]} that the model was trained for; "
+            "good pictures have a tenth to twice that area",
+            stacklevel=2,
+        )
+    return width, height
