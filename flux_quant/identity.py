@@ -9,6 +9,7 @@ file that is gone is taken for what lay there last.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from flux_quant.converters.folders import resolve
@@ -86,4 +87,5 @@ def remember(memory: Path | None, known: dict[str, dict[str, object]]) -> None:
         temporary.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1), encoding="utf-8")
         temporary.replace(memory)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
