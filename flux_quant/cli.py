@@ -5,6 +5,7 @@ Every verb imports what it needs when it runs, so that `--help` and mistakes in 
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Annotated
 
 import typer
 
+from flux_quant import cli_generate, cli_runtime
 from flux_quant import options as opt
+from flux_quant.cli_generate import use_threads
 from flux_quant.errors import UserError
 
 app = typer.Typer(
@@ -226,56 +229,6 @@ def diff(
 
 
 @app.command()
-def generate(
-    model: opt.GenerateModel,
-    prompt: opt.PromptText,
-    output: opt.Picture,
-    prompt_t5: opt.PromptT5 = None,
-    steps: opt.Steps = 20,
-    guidance: opt.Guidance = 3.5,
-    seed: opt.Seed = 0,
-    size: opt.PictureSize = None,
-    t5: opt.Component = None,
-    clip: opt.Component = None,
-    vae: opt.Component = None,
-    tokenizers: opt.Tokenizers = None,
-    pad_to: opt.PadTo = None,
-    prompt_cache: opt.UsePromptCache = True,
-    prompt_cache_size: opt.PromptCacheSize = "1GB",
-    device: opt.Device = "auto",
-    force: opt.ForcePicture = False,
-    threads: opt.Threads = None,
-) -> None:
-    """Make a picture. Text encoders, VAE and tokenizers are looked for beside the model.
-
-    Parts of a prompt get weights: (text:1.3), (text) for 1.1, [text] for 1/1.1; a backslash before a bracket keeps it.
-    """
-    from flux_quant import console
-    from flux_quant.components import find_components, picture_size
-    from flux_quant.converters.output import check_target
-    from flux_quant.converters.shards import parse_size
-    from flux_quant.pipeline import Request, choose_device, save_png
-    from flux_quant.pipeline import generate as make
-    from flux_quant.prompt_cache import PromptCache
-    from flux_quant.text import TextOptions
-
-    if output.suffix.lower() != ".png":
-        raise UserError(f"{output}: pictures are written as .png")
-    check_target(output, force)
-    cache = PromptCache.default(parse_size(prompt_cache_size)) if prompt_cache else None
-    text = TextOptions(pad_to, cache=cache)
-    use_threads(threads)
-    place, dtype = choose_device(device)
-    components = find_components(model, t5, clip, vae, tokenizers)
-    pixels = picture_size(size, components.transformer)
-    request = Request(prompt, prompt_t5, steps, guidance, seed, pixels)
-    with console.steps_progress() as progress:
-        result = make(components, request, place, dtype, progress, text)
-    save_png(result.image, output, result.settings, force)
-    console.print_generation(output, result)
-
-
-@app.command()
 def demo(
     output: opt.Folder = Path("demo"),
     model: opt.Model = None,
@@ -292,16 +245,13 @@ def demo(
     print(f"written: {output / 'contact-sheet.png'}, {output / 'report.md'}, {output / 'models'}")
 
 
-def use_threads(threads: int | None) -> None:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
+cli_generate.register(app)
+cli_runtime.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The console entry: runs a verb and returns the exit code."""
-    with terminable():
+    with terminable(), plain_warnings():
         try:
             code = app(arguments or sys.argv[1:] or ["--help"], prog_name="flux-quant", standalone_mode=False) or 0
         except UserError as error:
@@ -323,6 +273,22 @@ def main(arguments: list[str] | None = None) -> int:
 def fail(message: str, code: int = 2, prefix: str = "error: ") -> int:
     print(prefix + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """What we warn of is a line, without the place in the code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning, category: type[Warning], *place: object, **options: object) -> None:
+            if category is UserWarning:
+                print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Nothing here was measured on these cards but what a note says. `doctor` measures
 `Machine` takes the place of a row of this table.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -140,17 +141,19 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(text: str) -> Gpu:
-    """By slug, or by any words of it that fit one card: "3060", "rtx 4060 ti 16gb". UserError with suggestions."""
-    wanted = "-".join(text.lower().replace("_", " ").replace("-", " ").split())
-    if wanted in GPUS:
-        return GPUS[wanted]
-    words = wanted.split("-")
-    fitting = [slug for slug in GPUS if set(words) <= set(slug.split("-"))]
-    fewest = min((len(slug.split("-")) for slug in fitting), default=0)
-    shortest = [slug for slug in fitting if len(slug.split("-")) == fewest]  # "3060" is not the 3060 Ti
-    if len(shortest) == 1:
+    """By slug, or by any words of it that fit one card: "3060", "rtx4060ti 16gb". UserError with suggestions."""
+    wanted = words_of(text)
+    fitting = [slug for slug in GPUS if set(wanted) <= set(words_of(slug))]
+    fewest = min((len(words_of(slug)) for slug in fitting), default=0)
+    shortest = [slug for slug in fitting if len(words_of(slug)) == fewest]  # "3060" is not the 3060 Ti
+    if wanted and len(shortest) == 1:
         return GPUS[shortest[0]]
-    if shortest:
+    if wanted and shortest:
         raise UserError(f"GPU {text}: {', '.join(shortest)} fit; write one of them")
-    near = sorted(GPUS, key=lambda slug: -SequenceMatcher(None, wanted, slug).ratio())[:3]
+    near = sorted(GPUS, key=lambda slug: -SequenceMatcher(None, "-".join(wanted), slug).ratio())[:3]
     raise UserError(f"GPU {text} is not in the table; near it: {', '.join(near)}; or give its memory with --vram")
+
+
+def words_of(text: str) -> list[str]:
+    """ "RTX 4060Ti 16GB" -> rtx, 4060, ti, 16gb."""
+    return re.findall(r"\d+gb|\d+|[a-z]+", text.lower())

@@ -17,6 +17,8 @@ from flux_quant.streaming import StreamPlan
 VAE_WEIGHTS = 83_819_683  # values
 VAE_FLOPS = 0.64e9  # of decoding a position of the latent, counted from the layers
 
+MARGIN = 0.02  # of the budget that plans leave: CUDA's own part and torch's allocator are known no better
+
 Parts = tuple[tuple[str, int], ...]  # what it is, bytes
 
 
@@ -32,6 +34,10 @@ class Phase:
     @property
     def peak(self) -> int:
         return sum(nbytes for _, nbytes in self.parts)
+
+
+def usable(budget: Budget) -> int:
+    return int((1 - MARGIN) * budget.nbytes)
 
 
 def fixed_parts(machine: Machine) -> tuple[tuple[str, int], ...]:
@@ -75,7 +81,7 @@ def text(encoder: TextEncoder, work: Work, machine: Machine, budget: Budget, hos
         ),
         streamed,
     )
-    if phase.peak > budget.nbytes:
+    if phase.peak > usable(budget):
         return Phase("text", f"T5 on the processor: on the GPU it needs {amount(phase.peak)}", (), on_cpu)
     if on_cpu <= streamed:
         return Phase("text", f"T5 on the processor: {streamed:.1f} s on the GPU", (), on_cpu)
@@ -116,7 +122,7 @@ def vae_dtype(machine: Machine) -> str:
 def decode(work: Work, machine: Machine, budget: Budget) -> Phase:
     """In one piece, or in the fewest tiles that fit: what `vae.decode` does with that much memory."""
     dtype = vae_dtype(machine)
-    tiling = decode_tiling(work, machine, budget.nbytes)
+    tiling = decode_tiling(work, machine, usable(budget))
     assert tiling is not None, "check_minimum lets nothing through that the smallest tile does not fit"
     positions = tiling.count * tiling.height * tiling.width * work.batch
     seconds = VAE_FLOPS * positions / machine.flops.get(dtype, machine.flops[machine.dtype])
@@ -148,7 +154,7 @@ def minimum(model: Model, work: Work, machine: Machine) -> int:
     smallest = (vae.tile_length(side, vae.MOST_TILES) for side in work.latent)
     maps = vae_memory(machine).nbytes(*smallest) / (1 - vae.RESERVE)
     decoding = sum(nbytes for _, nbytes in decode_parts(machine, None)) + ceil(maps)
-    return max(denoising, decoding, modulation_peak(model, work, machine))
+    return ceil(max(denoising, decoding, modulation_peak(model, work, machine)) / (1 - MARGIN)) + 1
 
 
 def check_minimum(model: Model, work: Work, machine: Machine, budget: Budget) -> None:

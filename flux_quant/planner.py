@@ -70,7 +70,7 @@ def plan(
     phases.check_rates(work, machine)
     phases.check_minimum(model, work, machine, budget)
     fixed = phases.denoising_parts(model, work, machine)
-    room = budget.nbytes - sum(nbytes for _, nbytes in fixed)
+    room = phases.usable(budget) - sum(nbytes for _, nbytes in fixed)
     seconds = [block_seconds(block, model, work, machine) for block in model.blocks]
     stream, time = choose(model, seconds, room, host, machine)
     step, compute = time * work.passes, sum(seconds) * work.passes

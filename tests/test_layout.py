@@ -23,7 +23,7 @@ LAYERS = (
     {"arch", "families"},
     {"configs"},
     {"kernels", "streaming", "gpus", "memory", "footprint"},
-    {"linear", "converters", "steptime"},
+    {"linear", "converters", "steptime", "rates"},
     {"model", "embedding", "tokenizers", "prompts", "identity", "prompt_cache", "lora", "modulation"},
     {"loading", "sampling", "vae"},
     {"phases"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"calibration", "doctor"},
     {"console", "options"},
     {"frontends"},
-    {"benchmarks", "cli_runtime"},
+    {"benchmarks", "cli_generate", "cli_runtime"},
     {"cli"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
