@@ -31,6 +31,7 @@ from flux_quant.kernels.products import (
 )
 
 DTYPES = (torch.float16, torch.bfloat16)
+OLDEST = (8, 0)
 GROUP_M = 8  # tiles below each other whose programs follow one another: they share the weights in L2
 MAX_SPLIT = 8
 SHARED = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB that a program can have
@@ -71,7 +72,7 @@ CONFIGS = (
     Config(16, 64, 128, 4, 3),
     Config(16, 128, 128, 8, 2),
     Config(32, 64, 128, 4, 2),
-    Config(32, 128, 128, 8, 2),
+    Config(32, 128, 128, 8, 2, but=("q5_0",)),
     Config(64, 64, 128, 4, 2),
     Config(64, 64, 128, 4, 1, only=MMA_SYNC),
     Config(64, 128, 128, 8, 1, only=MMA_SYNC),
@@ -192,6 +193,8 @@ def linear(
     if not out.numel():
         return out
     (m, k), n, capability = x.shape, len(data), capability_of(x)
+    if capability < OLDEST:
+        raise ValueError(f"compute capability {capability} has no tensor cores in Triton; dequantize and use cuBLAS")
     config = config or default_config(capability, rows.name, m, n, k)
     split = split or default_split(config, rows, m, n, multiprocessors(x))
     native = capability >= NATIVE_E4M3
