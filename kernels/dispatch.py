@@ -129,7 +129,7 @@ def multiplied(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
 
     def in_two_passes() -> Tensor:
         def run() -> Tensor:
-            return passes.multiply(x, triton_path.pieces(fmt, parts, x.dtype), shape[0], bias)
+            return triton_path.run(tables.TWO_PASS, x, fmt, parts, bias, None)
 
         return fallback.guarded(f"unpack {fmt.name} to {x.dtype}", x.device, run, by_codec)
 
@@ -137,7 +137,7 @@ def multiplied(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
         return in_two_passes()
 
     def in_one_kernel() -> Tensor:
-        return triton_path.one_kernel(way.path, x, fmt, parts, bias, way.config)
+        return triton_path.run(way.path, x, fmt, parts, bias, way.config)
 
     return fallback.guarded(f"{way.path} {fmt.name}, {x.dtype}", x.device, in_one_kernel, in_two_passes)
 

@@ -66,12 +66,13 @@ CONFIGS = {  # lowest compute capability -> candidates, those for many rows firs
 def configs_for(capability: tuple[int, int], rows: int) -> tuple[Config, ...]:
     """Candidates for `rows` rows: tiles that are not twice as high as the rows, or the lowest."""
     table = table_for(capability)
-    lowest = min(config.bm for config in table)
+    lowest = min((config.bm for config in table), default=0)
     return tuple(config for config in table if config.bm < 2 * rows or config.bm == lowest)
 
 
 def table_for(capability: tuple[int, int]) -> tuple[Config, ...]:
-    return CONFIGS[max(lowest for lowest in CONFIGS if lowest <= capability)]
+    """Tiles of the newest class of cards that is not newer; none below 8.0."""
+    return CONFIGS[max(known)] if (known := [lowest for lowest in CONFIGS if lowest <= capability]) else ()
 
 
 def configs_of(device: torch.device) -> tuple[Config, ...]:

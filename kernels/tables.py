@@ -31,13 +31,12 @@ class Step:
 Table = Mapping[str, tuple[Step, ...]]  # by name of the format
 
 FUSED_UP_TO = {(8, 0): 256, (8, 6): 192, (8, 9): 320, (9, 0): 512, (10, 0): 512, (12, 0): 320}  # rows; below: none
-TABLE_FORMATS = ("iq4_nl", "iq4_xs")  # values come from a table: too many instructions to unpack them in every tile
 
 
-def derived_steps(capability: tuple[int, int], name: str) -> tuple[Step, ...]:
+def derived_steps(capability: tuple[int, int]) -> tuple[Step, ...]:
     """For a card that nobody measured: the limits of the newest class that is not newer than it."""
     known = [start for start in FUSED_UP_TO if start <= capability]
-    limit = FUSED_UP_TO[max(known)] if known and name not in TABLE_FORMATS else 0
+    limit = FUSED_UP_TO[max(known)] if known else 0
     steps = [Step(8, VECTOR), Step(limit, FUSED), Step(None, TWO_PASS)]
     return tuple(step for step in steps if step.rows != 0)
 
@@ -87,7 +86,7 @@ def steps_for(device: torch.device, name: str) -> tuple[tuple[Step, ...], str]:
     if steps := measured(device).get(name):
         return steps, f"measured on {torch.cuda.get_device_name(device)}"
     capability = torch.cuda.get_device_capability(device)
-    return derived_steps(capability, name), f"derived for sm_{capability[0]}{capability[1]}, not measured"
+    return derived_steps(capability), f"derived for sm_{capability[0]}{capability[1]}, not measured"
 
 
 def step_for(steps: tuple[Step, ...], rows: int) -> Step:

@@ -6,16 +6,20 @@ through it slice by slice.
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from flux_quant.formats import QuantFormat
-from flux_quant.kernels import dequant, tables
+from flux_quant.kernels import dequant, passes, tables
 from flux_quant.kernels.packed import row_slices, weight_shape
 from flux_quant.kernels.planes import LAYOUTS, Rows
 
 NATIVE_E4M3 = (8, 9)  # from this compute capability on the hardware converts FP8
+TENSOR_CORES = (8, 0)  # where Triton uses them from
+MOST_ROWS = 8  # of the vector kernel
+FP8 = "fp8"  # the layout of every FP8 format
 TILE_ROWS = 256  # slices are multiples of it: whole tiles of cuBLAS
 SMALL, LARGE = 32 << 20, 132 << 20  # bytes of scratch; 132 MB hold FLUX.1's widest weight, 21504 x 3072, in 16 bits
 SHARE = 128  # of the device's memory
@@ -104,7 +108,49 @@ def free_scratch() -> None:
 def refusal(
     path: str, fmt: QuantFormat, rows: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """None if `one_kernel` can go this path, else the reason."""
+    """None if a product of `rows` rows in `dtype` with a weight of `shape` (N, K) can go this path, else the reason."""
     if path == tables.TWO_PASS:
         return None
-    return f"no {path} kernel"
+    layout = Rows(layout_name(fmt), shape[1]).layout
+    if shape[1] % layout.block:
+        return f"{shape[1]} inputs are no multiple of {layout.block}"
+    if path == tables.VECTOR:
+        return None if rows <= MOST_ROWS else f"{rows} rows; the vector kernel is for {MOST_ROWS} at most"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TENSOR_CORES:
+        return f"Triton has no tensor cores on sm_{capability[0]}{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"tensor cores take no {dtype}"
+    return None if candidates(path, fmt, rows, shape, device) else "no tile of the fused kernel fits this card"
+
+
+def candidates(path: str, fmt: QuantFormat, rows: int, shape: tuple[int, int], device: torch.device) -> list[int]:
+    """Numbers of the configurations that are worth a try, in the table of the kernel."""
+    kernel, capability = kernel_of(path), torch.cuda.get_device_capability(device)
+    return [kernel.CONFIGS.index(config) for config in kernel.candidates(capability, layout_name(fmt), rows, *shape)]
+
+
+def run(
+    path: str, x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, config: int | None
+) -> Tensor:
+    """x (M, K), weight (N, K), bias (N) -> (M, N), by this path; `config` is a number from `candidates`."""
+    n, k = weight_shape(fmt, parts)
+    if path == tables.TWO_PASS:
+        return passes.multiply(x, pieces(fmt, parts, x.dtype), n, bias)
+    kernel, layout = kernel_of(path), layout_name(fmt)
+    rows = Rows(layout, k, bool(fmt.native))
+    scale = parts[1] if layout == FP8 and len(parts) > 1 else None
+    tile = None if config is None else kernel.CONFIGS[config]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return kernel.linear(x, parts[0], rows, bias, tile, scale=scale)
+
+
+def kernel_of(path: str) -> ModuleType:
+    from flux_quant.kernels import matmul, vector
+
+    return {tables.VECTOR: vector, tables.FUSED: matmul}[path]
+
+
+def layout_name(fmt: QuantFormat) -> str:
+    return FP8 if fmt.parts[0].dtype == torch.float8_e4m3fn else file_format(fmt)

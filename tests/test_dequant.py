@@ -21,7 +21,7 @@ from flux_quant.kernels.planes import LAYOUTS, Rows  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, where float16 ends
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ORDERS = [(name, order) for name in LAYOUTS for order in ["native"] + ["planar"] * (name in planar.FIELDS)]
+ORDERS = [(name, order) for name in HALVES for order in ["native"] + ["planar"] * (name in planar.FIELDS)]
 SHAPES = [(1, 1, 0, 1), (5, 3, 1, 3), (7, 2, 0, 7), (3, 12, 2, 1), (4, 5, 3, 0)]  # rows, blocks of 256, first, count
 GUARD = 64
 
@@ -50,9 +50,10 @@ def assert_written(whole: Tensor, middle: Tensor, expected: Tensor) -> None:
 
 
 def test_every_layout_has_a_kernel():
-    assert set(LAYOUTS) == set(HALVES) == {name for name, fmt in FORMATS.items() if fmt.block > 1}
-    for name, layout in LAYOUTS.items():
-        fmt = FORMATS[name]
+    blocks = set(LAYOUTS) - {"fp8"}
+    assert blocks == set(HALVES) == {name for name, fmt in FORMATS.items() if fmt.block > 1}
+    for name in blocks:
+        fmt, layout = FORMATS[name], LAYOUTS[name]
         assert (layout.block, layout.nbytes) == (fmt.block, fmt.parts[0].shape((fmt.block,))[0])
         assert layout.planes * layout.groups * layout.width == layout.block
 

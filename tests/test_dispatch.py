@@ -41,16 +41,29 @@ def on_triton(monkeypatch, kernel_device):
 def test_two_passes_by_our_kernels(fmt, on_triton):
     parts = [part.to(on_triton) for part in fmt.pack(random(N, K))]
     weight = fmt.unpack(*parts).double()
-    x, bias = random(700, K).to(on_triton), random(N).to(on_triton)
-    assert dispatch.way_for(fmt, 700, (N, K), x.dtype, x.device, parts).path == tables.TWO_PASS
+    x, bias = random(520, K).to(on_triton), random(N).to(on_triton)
+    assert dispatch.way_for(fmt, 520, (N, K), x.dtype, x.device, parts).path == tables.TWO_PASS
     for b in (bias, None):
         exact = F.linear(x.double(), weight, None if b is None else b.double())
         assert (dispatch.linear(x, fmt, parts, b) - exact).norm() <= 1e-6 * exact.norm()
-    up = random(700, N).to(on_triton)
+    up = random(520, N).to(on_triton)
     exact = up.double() @ weight
     assert (dispatch.run_input_gradient(up, fmt, parts) - exact).norm() <= 1e-6 * exact.norm()
     some = dispatch.dequantize(fmt, parts, torch.float16, rows=slice(3, 17))
     assert torch.equal(some, weight[3:17].half())
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q8_0 planar", "q5_1", "fp8", "fp8_rows"])  # all: see test_matmul
+@pytest.mark.parametrize(("rows", "path"), [(1, tables.VECTOR), (8, tables.VECTOR), (17, tables.FUSED)], ids=str)
+def test_one_kernel_for_few_rows(name, rows, path, on_triton):
+    fmt = EVERY[name]
+    parts = [part.to(on_triton) for part in fmt.pack(random(N, K))]
+    weight = fmt.unpack(*parts).double()
+    x, bias = random(rows, K).to(on_triton).half(), random(N).to(on_triton).half()
+    assert dispatch.way_for(fmt, rows, (N, K), x.dtype, x.device, parts).path == path
+    for b in (bias, None):
+        exact = F.linear(x.double(), weight, None if b is None else b.double())
+        assert (dispatch.linear(x, fmt, parts, b) - exact).norm() <= 1e-3 * exact.norm()
 
 
 @every
@@ -155,7 +168,7 @@ CARDS = {  # compute capability -> rows of input up to which a fused kernel take
 
 @pytest.mark.parametrize(("capability", "limit"), CARDS.items(), ids=str)
 def test_tables_of_cards_nobody_measured(capability, limit):
-    steps = tables.derived_steps(capability, "q4_k")
+    steps = tables.derived_steps(capability)
     assert tables.step_for(steps, 4608).path == tables.TWO_PASS
     if limit is None:
         assert tables.FUSED not in {step.path for step in steps}
