@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
 
 
+FAST_GELU = "gated-gelu_pytorch_tanh"  # T5's "gated-gelu" in one pass over the activations instead of eight
+
+
 def shapes_of(reader: CheckpointReader) -> dict[str, arch.Shape]:
     return {name: info.shape for name, info in reader.tensors.items()}
 
@@ -65,7 +68,8 @@ def open_t5(path: str | Path) -> tuple["T5EncoderModel", Component]:
 
     reader = open_component(path, "T5 encoder")
     with dimensions_of(reader), torch.device("meta"):
-        model = T5EncoderModel(T5Config(**t5_config(shapes_of(reader))))
+        config = t5_config(shapes_of(reader)) | {"feed_forward_proj": FAST_GELU}
+        model = T5EncoderModel(T5Config(**config))
     model.encoder.embed_tokens = model.shared
     bind(model, reader, packed=("shared",))
     model.encoder.embed_tokens = model.shared
