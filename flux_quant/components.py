@@ -92,8 +92,16 @@ def matches(path: Path, family: str) -> bool:
 def picture_size(text: str | None, transformer: Path) -> tuple[int, int]:
     """Width and height from "768x512" or "512"; without it what the file's metadata recommend, else 1024 x 1024."""
     if text is None:
-        with open_checkpoint(transformer) as reader:
-            text = str(reader.metadata.get("modelspec.resolution", "1024x1024"))
+        return recommended_size(transformer)
+    return parse_pixels(text)
+
+
+def recommended_size(transformer: Path) -> tuple[int, int]:
+    with open_checkpoint(transformer) as reader:
+        return parse_pixels(str(reader.metadata.get("modelspec.resolution", "1024x1024")))
+
+
+def parse_pixels(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if not found:
         raise UserError(f"size {text}: write it as WIDTHxHEIGHT, for example 1024x768")

@@ -292,11 +292,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_generation(path: Path, result: "Generation") -> None:
+def print_generation(paths: Iterable[Path], result: "Generation") -> None:
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
-    each = result.seconds["denoise"] / result.settings["steps"]
     memory = f"peak RAM {size(result.peak_ram)}"
     if result.peak_vram:
         memory += f", peak VRAM {size(result.peak_vram)}"
-    print(f"{path}: {result.image.width} x {result.image.height}, {result.settings['steps']} steps at {each:.2f} s/it")
+    done = f"{result.image.width} x {result.image.height}"
+    if result.steps:
+        done += f", {result.steps} steps at {result.seconds['denoise'] / result.steps:.2f} s/it"
+    for path in paths:
+        print(f"{path}: {done}")
     print(f"{phases}; {memory}")

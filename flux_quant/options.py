@@ -66,6 +66,30 @@ PromptFile = Annotated[Path, typer.Option(metavar="FILE", help="one prompt per l
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="where the picture goes")]
 ForcePicture = Annotated[bool, typer.Option("--force", help="replace PNG if it exists")]
 
+# Of `generate`: what is drawn.
+Width = Annotated[int | None, typer.Option(metavar="PIXELS", help="instead of --size, with --height")]
+Height = Annotated[int | None, typer.Option(metavar="PIXELS", help="instead of --size, with --width")]
+Scheduler = Annotated[str, typer.Option(help="noise levels: euler, or ComfyUI's simple and beta")]
+Seeds = Annotated[str | None, typer.Option(metavar="N,N,...", help="a picture for each of these seeds")]
+Batch = Annotated[int | None, typer.Option(min=1, metavar="N", help="N pictures, of --seed and the next ones")]
+Negative = Annotated[str | None, typer.Option(help="what to lead away from, with --cfg")]
+Cfg = Annotated[float, typer.Option(help="scale of true guidance away from --negative; doubles the time")]
+CfgRange = Annotated[str, typer.Option(metavar="FROM:TO", help="where --cfg acts, in parts of the steps")]
+GivenPicture = Annotated[Path | None, typer.Option("--image", metavar="FILE", help="a picture to begin with")]
+Strength = Annotated[
+    float | None, typer.Option(help="how much of it changes, and share of the steps taken [default: 0.6]")
+]
+Denoise = Annotated[float | None, typer.Option(help="instead of --strength, as ComfyUI: all steps are taken")]
+Mask = Annotated[Path | None, typer.Option(metavar="FILE", help="white where --image is drawn anew")]
+SaveLatent = Annotated[Path | None, typer.Option(metavar="FILE", help="keep the latents, for `decode`")]
+Preview = Annotated[
+    Path | None, typer.Option(metavar="PNG", help="rewritten after every step: a small picture of what is to come")
+]
+
+# Of `decode`.
+LatentFile = Annotated[Path, typer.Argument(metavar="LATENT", help="of generate --save-latent, or of a failed decode")]
+DecodingVae = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: the one it was drawn with]")]
+
 # Of `generate`: text.
 PromptText = Annotated[str, typer.Option("--prompt", "-p", help="what CLIP, and T5 without --t5-prompt, read")]
 PromptT5 = Annotated[str | None, typer.Option("--t5-prompt", "--prompt-t5", help="another prompt for T5")]

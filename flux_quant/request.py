@@ -82,10 +82,10 @@ class Request:
         return from_strength(levels(self.steps), STRENGTH if self.strength is None else self.strength)
 
     def settings(self) -> dict[str, object]:
-        """For JSON; what was not used is left out."""
+        """For JSON, of one picture (`seed`); what was not used is left out."""
         unused = Request("", prompt_t5=self.prompt_t5)
         fields = {"steps", "guidance", "seed", "size", "prompt", "prompt_t5"}
-        given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k)}
+        given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k) and k != "seeds"}
         return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
@@ -105,3 +105,33 @@ def drawable_size(size: tuple[int, int], recommended: tuple[int, int] = (1024, 1
             stacklevel=2,
         )
     return width, height
+
+
+def parse_seeds(text: str | None, seed: int, batch: int | None) -> tuple[int, ...]:
+    """ "1,5,9", or `batch` seeds from `seed` on; nothing for one picture."""
+    if text is None:
+        return tuple(range(seed, seed + batch)) if batch else ()
+    if batch:
+        raise UserError("--seeds and --batch exclude each other")
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"seeds {text}: write them as numbers with commas, for example 1,2,3") from None
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """ "0:0.6" -> 0.0, 0.6."""
+    try:
+        first, last = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise UserError(f"range {text}: write it as FROM:TO, for example 0:0.6") from None
+    return first, last
+
+
+def picture_paths(output: Path, seeds: tuple[int, ...]) -> list[Path]:
+    """One picture goes to `output`, several beside it under their seeds."""
+    if len(seeds) == 1:
+        return [output]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {', '.join(map(str, seeds))}: the same seed twice gives the same picture twice")
+    return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]

@@ -1,0 +1,144 @@
+"""The verbs `generate` and `decode`. `cli` registers them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from flux_quant import options as opt
+from flux_quant.errors import UserError
+
+if TYPE_CHECKING:
+    from flux_quant.pipeline import Result
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+    app.command()(decode)
+
+
+def generate(
+    model: opt.GenerateModel,
+    prompt: opt.PromptText,
+    output: opt.Picture,
+    prompt_t5: opt.PromptT5 = None,
+    steps: opt.Steps = 20,
+    guidance: opt.Guidance = 3.5,
+    seed: opt.Seed = 0,
+    size: opt.PictureSize = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    scheduler: opt.Scheduler = "euler",
+    seeds: opt.Seeds = None,
+    batch: opt.Batch = None,
+    negative: opt.Negative = None,
+    cfg: opt.Cfg = 1.0,
+    cfg_range: opt.CfgRange = "0:1",
+    image: opt.GivenPicture = None,
+    strength: opt.Strength = None,
+    denoise: opt.Denoise = None,
+    mask: opt.Mask = None,
+    save_latent: opt.SaveLatent = None,
+    preview: opt.Preview = None,
+    t5: opt.Component = None,
+    clip: opt.Component = None,
+    vae: opt.Component = None,
+    tokenizers: opt.Tokenizers = None,
+    pad_to: opt.PadTo = None,
+    prompt_cache: opt.UsePromptCache = True,
+    prompt_cache_size: opt.PromptCacheSize = "1GB",
+    device: opt.Device = "auto",
+    force: opt.ForcePicture = False,
+    threads: opt.Threads = None,
+) -> None:
+    """Make a picture. Text encoders, VAE and tokenizers are looked for beside the model.
+
+    Parts of a prompt get weights: (text:1.3), (text) for 1.1, [text] for 1/1.1; a backslash before a bracket keeps it.
+    """
+    from flux_quant import console
+    from flux_quant.components import find_components, picture_size, recommended_size
+    from flux_quant.converters.shards import parse_size
+    from flux_quant.pipeline import LatentFiles, choose_device, previewer
+    from flux_quant.pipeline import generate as make
+    from flux_quant.prompt_cache import PromptCache
+    from flux_quant.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
+    from flux_quant.text import TextOptions
+
+    if (width is None) != (height is None) or width is not None and size is not None:
+        raise UserError("give --width and --height together, or --size")
+    chosen = parse_seeds(seeds, seed, batch)
+    paths = picture_paths(output, chosen or (seed,))
+    check_pictures([*paths, *([preview] if preview else [])], force)
+    if save_latent:
+        check_latents(save_latent, force)
+    cache = PromptCache.default(parse_size(prompt_cache_size)) if prompt_cache else None
+    text = TextOptions(pad_to, cache=cache)
+    use_threads(threads)
+    place, dtype = choose_device(device)
+    components = find_components(model, t5, clip, vae, tokenizers)
+    pixels = picture_size(size, components.transformer) if width is None else (width, height)
+    pixels = drawable_size(pixels, recommended_size(components.transformer))
+    request = Request(
+        prompt, prompt_t5, steps, guidance, seed, pixels, scheduler, chosen,
+        negative, cfg, parse_range(cfg_range), image, strength, denoise, mask,
+    )  # fmt: skip
+    files = LatentFiles(save_latent, output.with_suffix(".latent.safetensors"), force)
+    callback = previewer(preview, components.vae) if preview else None
+    with console.steps_progress() as progress:
+        result = make(components, request, place, dtype, progress, text, callback, files)
+    save_pictures(result, paths, force)
+    console.print_generation(paths, result)
+
+
+def decode(
+    latent: opt.LatentFile,
+    output: opt.Picture,
+    vae: opt.DecodingVae = None,
+    device: opt.Device = "auto",
+    force: opt.ForcePicture = False,
+    threads: opt.Threads = None,
+) -> None:
+    """Make the picture of saved latents: after a failure, on another machine, or with another VAE."""
+    from flux_quant import console
+    from flux_quant.pipeline import choose_device, decode_file
+    from flux_quant.request import picture_paths
+
+    check_pictures([output], force)
+    use_threads(threads)
+    result = decode_file(latent, vae, *choose_device(device))
+    paths = picture_paths(output, result.seeds)
+    check_pictures(paths, force)
+    save_pictures(result, paths, force)
+    console.print_generation(paths, result)
+
+
+def check_pictures(paths: Sequence[Path], force: bool) -> None:
+    from flux_quant.converters.output import check_target
+
+    for path in paths:
+        if path.suffix.lower() != ".png":
+            raise UserError(f"{path}: pictures are written as .png")
+        check_target(path, force)
+
+
+def save_pictures(result: "Result", paths: Sequence[Path], force: bool) -> None:
+    from flux_quant.pictures import save_png
+
+    for i, (picture, path) in enumerate(zip(result.images, paths, strict=True)):
+        save_png(picture, path, result.settings_of(i), force)
+
+
+def check_latents(path: Path, force: bool) -> None:
+    from flux_quant.converters.output import check_target
+
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"{path}: latents are written as .safetensors")
+    check_target(path, force)
+
+
+def use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
