@@ -32,7 +32,7 @@ from flux_quant.streaming.plan import StreamPlan
 PASSES_AHEAD = 2  # passes that may be queued and unfinished, the newest one included
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     buffer: Tensor
     free: Event
@@ -291,7 +291,7 @@ class BlockStreamer:
             slot = ring.loaded.pop(block)
             self.device.record(slot.free, COMPUTE)
             ring.free.append(slot)
-            self._fill(ring)
+        self._fill(ring)
         if block == self.plan.streamed[-1]:
             self._end_pass()
         self._busy = False

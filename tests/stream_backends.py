@@ -1,0 +1,200 @@
+"""A stand-in for a device with two queues, whose memory is ordinary memory and which is late on purpose.
+
+`ThreadDevice` does what is queued in another thread: with `lazy`, nothing before somebody waits, and then no more than
+is needed, in the order that its policy prefers; otherwise at once, beside the host. Either way only a wait in a queue
+holds work back, as on CUDA. `Late` makes the compute late too: every operator of torch gives its result's memory at
+once, filled with NaN, and is done when its turn comes.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from flux_quant.streaming.device import COMPUTE, COPY
+
+POLICIES = {  # which queue goes first where both could
+    "copies first": lambda _: COPY,
+    "compute first": lambda _: COMPUTE,
+    "in turns": lambda rng: rng.choice((COMPUTE, COPY)),
+}
+
+
+@dataclass
+class Mark:
+    """One record of an event; what it stands for has happened once it has a time."""
+
+    time: float | None = None
+
+
+@dataclass
+class LateEvent:
+    mark: Mark | None = None
+
+
+@dataclass
+class ThreadDevice:
+    policy: str = "in turns"
+    seed: int = 0
+    lazy: bool = True
+    registers: bool = True  # whether ordinary memory can be pinned
+    most: int | None = None  # bytes that `allocate` gives out in all
+    device: torch.device = torch.device("cpu")
+    allocations: list[int] = field(default_factory=list)
+    registered: set[int] = field(default_factory=set)
+    slabs: list[int] = field(default_factory=list)
+    host_waits: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.queues = {COMPUTE: deque(), COPY: deque()}
+        self.running: set[str] = set()
+        self.wanted = 0  # threads that wait
+        self.stuck = False
+        self.changed = threading.Condition()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def allocate(self, nbytes: int) -> Tensor:
+        if self.most is not None and sum(self.allocations) + nbytes > self.most:
+            raise torch.OutOfMemoryError(f"{nbytes} bytes wanted")
+        self.allocations.append(nbytes)
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every float format
+
+    def register(self, memory: Tensor) -> bool:
+        assert memory.data_ptr() % 4096 == 0 and memory.numel() % 4096 == 0, "whole pages are registered"
+        assert memory.data_ptr() not in self.registered
+        if self.registers:
+            self.registered.add(memory.data_ptr())
+        return self.registers
+
+    def unregister(self, memory: Tensor) -> None:
+        self.registered.remove(memory.data_ptr())
+
+    def pinned(self, nbytes: int) -> Tensor:
+        assert nbytes & (nbytes - 1) == 0, "rounded up to a power of two"
+        self.slabs.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def event(self, timed: bool = False) -> LateEvent:
+        return LateEvent()
+
+    def record(self, event: LateEvent, queue: str) -> None:
+        mark = event.mark = Mark()
+        self.launch(queue, lambda: setattr(mark, "time", time.perf_counter()))
+
+    def wait(self, queue: str, event: LateEvent) -> None:
+        if event.mark is not None:
+            self.launch(queue, event.mark)
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        self.launch(COPY, lambda: to.copy_(source))
+
+    def host_wait(self, event: LateEvent) -> None:
+        self.host_waits += 1
+        self._until(lambda: self.done(event))
+
+    def done(self, event: LateEvent) -> bool:
+        return event.mark is None or event.mark.time is not None
+
+    def seconds(self, begin: LateEvent, end: LateEvent) -> float:
+        return end.mark.time - begin.mark.time
+
+    def finish(self) -> None:
+        self._until(lambda: not self.running and not any(self.queues.values()))
+
+    def launch(self, queue: str, work: Callable[[], object] | Mark) -> None:
+        """Queue a function, or a wait for a mark."""
+        with self.changed:
+            self.queues[queue].append(work)
+            self.changed.notify_all()
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            self.wanted += 1
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: condition() or self.stuck)
+            self.wanted -= 1
+            assert condition(), "every queue waits for another one"
+
+    def _ready(self, queue: str) -> bool:
+        work = self.queues[queue]
+        while work and isinstance(work[0], Mark) and work[0].time is not None:
+            work.popleft()
+        return bool(work) and not isinstance(work[0], Mark)
+
+    def _next(self) -> Callable[[], object] | None:
+        ready = [queue for queue in (COMPUTE, COPY) if self._ready(queue)]
+        if not ready or (self.lazy and not self.wanted):
+            return None
+        first = POLICIES[self.policy](self.rng)
+        queue = first if first in ready else ready[0]
+        self.running.add(queue)
+        return self.queues[queue].popleft()
+
+    def _work(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self.changed:
+                    self.running.clear()
+                    while (work := self._next()) is None:
+                        self.stuck = self.lazy and bool(self.wanted) and any(self.queues.values())
+                        self.changed.notify_all()
+                        self.changed.wait()
+                if not self.lazy and self.rng.random() < 0.2:
+                    time.sleep(self.rng.random() / 5000)
+                work()
+                with self.changed:
+                    self.changed.notify_all()
+
+
+class Late(TorchDispatchMode):
+    """Operators queue their work on a `ThreadDevice`. Their results' shapes come from running them once beforehand,
+    on whatever is in memory by then, and those values are thrown away."""
+
+    def __init__(self, device: ThreadDevice) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        kwargs = kwargs or {}
+        returns = func._schema.returns
+        alias = bool(returns) and returns[0].alias_info is not None
+        if func.overloadpacket is torch.ops.aten.set_ or alias and not returns[0].alias_info.is_write:  # a view
+            return func(*args, **kwargs)
+        tensors: list[Tensor] = []
+        tree_map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
+        if not tensors:
+            return func(*args, **kwargs)
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self.device.finish()
+            return func(*args, **kwargs)
+        held_args, held_kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        if alias:  # in place
+            self.device.launch(COMPUTE, lambda: func(*held_args, **held_kwargs))
+            return args[0]
+        results = tree_map(lambda x: blank(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+
+        def work() -> None:
+            def fill(late: object, value: object) -> None:
+                if isinstance(late, Tensor):
+                    late.copy_(value)
+
+            values = func(*held_args, **held_kwargs)
+            rows = zip(results, values, strict=True) if isinstance(results, tuple | list) else [(results, values)]
+            for late, value in rows:
+                fill(late, value)
+
+        self.device.launch(COMPUTE, work)
+        return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results)
+
+
+def blank(like: Tensor) -> Tensor:
+    empty = torch.empty_like(like)
+    return empty.fill_(float("nan")) if like.is_floating_point() else empty.zero_()
