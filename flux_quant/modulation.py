@@ -147,25 +147,24 @@ class HoistedModulation:
         calls: Sequence[Call],
         device: torch.device | str,
         dtype: torch.dtype,
-        ahead: Sequence[Call] = (),
+        ahead: Callable[[], Sequence[Call]] = tuple,
     ) -> list[Rows]:
-        """The modulation of every call, each tensor (B, N). Calls `ahead` are evaluated too if anything must be."""
+        """The modulation of every call, each tensor (B, N). What `ahead` gives is evaluated too if anything must be."""
         names = [(*key(call), str(torch.device(device)), dtype) for call in calls]
         if self.stale():
             self.forget()
         if any(name not in self.kept for name in names):
             wanted = dict(zip(names, calls, strict=True))
-            wanted |= {(*key(call), str(torch.device(device)), dtype): call for call in ahead}
+            wanted |= {(*key(call), str(torch.device(device)), dtype): call for call in ahead()}
             missing = {name: call for name, call in wanted.items() if name not in self.kept}
             found = evaluate(self.model, list(missing.values()), device, dtype, self.visit)
             self.kept |= dict(zip(missing, found, strict=True))
             self.evaluations += 1
         for name in names:
             self.kept.move_to_end(name)
-        out = [widened(self.kept[name], len(call.timestep)) for name, call in zip(names, calls, strict=True)]
-        while len(self.kept) > max(KEPT, len(calls) + len(ahead)):
+        while len(self.kept) > max(KEPT, len(names)):
             self.kept.popitem(last=False)
-        return out
+        return [widened(self.kept[name], len(call.timestep)) for name, call in zip(names, calls, strict=True)]
 
     def stale(self) -> bool:
         """Whether the layers are others, or adapted otherwise, than when they were last used."""

@@ -6,6 +6,9 @@
 `EngineTransformer` has the call signature and the attributes of diffusers' FluxTransformer2DModel that its pipelines
 use, so it is passed as `transformer=`. It is a plain module around the engine: moving it moves the packed weights,
 and `.to(torch.bfloat16)` chooses the dtype of the activations, which never changes the packed weights.
+
+A pipeline asks step by step. At the first step the modulation of all that follow is evaluated too, if the scheduler is
+known, and kept for the next picture with the same prompt, guidance and steps.
 """
 
 from collections.abc import Iterator
@@ -19,21 +22,24 @@ from torch import Tensor, nn
 
 from flux_quant.components import Components
 from flux_quant.loading import load_clip, load_flux, load_t5, load_vae
-from flux_quant.model import Flux
+from flux_quant.model import Flux, StepModulation
+from flux_quant.modulation import Call, HoistedModulation
 from flux_quant.sampling import make_scheduler
 from flux_quant.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 class EngineTransformer(nn.Module):
     """Stands in for FluxTransformer2DModel."""
 
-    def __init__(self, engine: Flux) -> None:
+    def __init__(self, engine: Flux, scheduler: "FlowMatchEulerDiscreteScheduler | None" = None) -> None:
+        """`scheduler` is the pipeline's own: it is asked which timesteps follow."""
         super().__init__()
-        self.engine = engine
+        self.engine, self.scheduler = engine, scheduler
+        self.modulation = HoistedModulation(engine)
         self.config = SimpleNamespace(**engine.config.diffusers())
 
     @property
@@ -72,12 +78,29 @@ class EngineTransformer(nn.Module):
         dtype = self.dtype
         inputs = (tensor.to(dtype) for tensor in (hidden_states, encoder_hidden_states, pooled_projections))
         ids = (one[0] if one.ndim == 3 else one for one in (img_ids, txt_ids))
-        sample = self.engine(*inputs, timestep.float(), *ids, guidance).to(hidden_states.dtype)
+        rows = None if torch.is_grad_enabled() else self.rows(timestep, pooled_projections, guidance)
+        sample = self.engine(*inputs, timestep.float(), *ids, guidance, rows).to(hidden_states.dtype)
         if not return_dict:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=sample)
+
+    def rows(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> StepModulation:
+        """The modulation of this step, looked up by the values that it depends on."""
+        call = Call(timestep.float(), pooled, guidance if self.engine.config.guidance else None)
+        return self.modulation.rows([call], self.device, self.dtype, lambda: self.ahead(call, timestep.dtype))[0]
+
+    def ahead(self, call: Call, dtype: torch.dtype) -> list[Call]:
+        """The calls that follow if a pipeline goes on through its scheduler's timesteps, which it passes in `dtype`."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        if timesteps is None:
+            return []
+        times = (timesteps.to(call.timestep.device, dtype) / 1000).float()
+        here = (times == call.timestep[0]).nonzero().flatten().tolist()
+        return (
+            [call._replace(timestep=time.expand(len(call.timestep))) for time in times[here[0] + 1 :]] if here else []
+        )
 
 
 def load_transformer(path: str | Path) -> EngineTransformer:
@@ -87,12 +110,13 @@ def load_transformer(path: str | Path) -> EngineTransformer:
 
 def load_pipeline(components: Components) -> "FluxPipeline":
     """The whole pipeline from files, on the CPU in float32."""
-    from diffusers import FluxPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     transformer = load_transformer(components.transformer)
+    transformer.scheduler = make_scheduler(transformer.config.guidance_embeds)
     tokenizer = load_tokenizer(components.tokenizers, "clip")
     return FluxPipeline(
-        scheduler=make_scheduler(transformer.config.guidance_embeds),
+        scheduler=transformer.scheduler,
         vae=load_vae(components.vae),
         text_encoder=load_clip(components.clip, tokenizer.eos_token_id),
         tokenizer=tokenizer,
