@@ -37,6 +37,9 @@ MAX_SPLIT = 8
 SHARED = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB that a program can have
 KIB = 1024
 WGMMA, MMA_SYNC = "wgmma", "mma.sync"  # what Triton multiplies 16-bit tiles with, on Hopper and elsewhere
+BYTES = ("q8_0", "fp8")
+LEGACY = ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+K_QUANTS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs")  # blocks of 256
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,7 @@ class Config:
     bk: int
     warps: int
     stages: int
-    only: str = (
-        ""  # of WGMMA and MMA_SYNC; with the other one it has no registers left, or more instructions than others
-    )
+    only: str = ""  # WGMMA or MMA_SYNC, if the other one leaves it no registers or makes it pointless
     but: tuple[str, ...] = ()  # formats for which it has no registers left
 
     def blocks(self, rows: Rows) -> int:
@@ -80,10 +81,12 @@ CONFIGS = (
     Config(128, 64, 128, 8, 2),
     Config(128, 128, 128, 8, 1),
     Config(128, 128, 128, 8, 2, only=WGMMA),
+    Config(128, 128, 128, 4, 2, only=WGMMA, but=(*BYTES, *K_QUANTS)),  # two of these and the next on a multiprocessor:
+    Config(128, 128, 64, 4, 3, only=WGMMA, but=(*LEGACY, *K_QUANTS)),  # one unpacks while the other multiplies
 )
-DEFAULTS = {  # rows of x -> number in CONFIGS; derived from counts of instructions, registers and shared memory
-    WGMMA: ((16, 0), (32, 3), (64, 7), (None, 10)),
-    MMA_SYNC: ((16, 0), (32, 2), (None, 6)),
+DEFAULTS = {  # rows of x -> numbers in CONFIGS, the first that fits; from counts of instructions, registers and memory
+    WGMMA: ((16, (0,)), (32, (3, 2)), (64, (7, 4)), (None, (11, 12, 10))),
+    MMA_SYNC: ((16, (0,)), (32, (2,)), (None, (6,))),
 }
 
 
@@ -233,11 +236,9 @@ def unit_of(capability: tuple[int, int]) -> str:
 
 def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: int) -> Config:
     """For a card that nobody measured, by the rows of x alone."""
-    number = next(number for rows, number in DEFAULTS[unit_of(capability)] if rows is None or m <= rows)
+    numbers = next(numbers for rows, numbers in DEFAULTS[unit_of(capability)] if rows is None or m <= rows)
     table = fitting(capability, name, k)
-    if CONFIGS[number] in table:
-        return CONFIGS[number]
-    return max((config for config in table if config.bm <= CONFIGS[number].bm), key=lambda config: config.bm)
+    return next(CONFIGS[number] for number in numbers if CONFIGS[number] in table)
 
 
 def default_split(config: Config, rows: Rows, m: int, n: int, multiprocessors: int) -> int:

@@ -56,8 +56,8 @@ CONFIGS = (
     Config(16, 4),
     Config(32, 1),
     Config(32, 2),
-    Config(32, 4, but=("q6_k",)),
-    Config(64, 4, but=("q8_0", "q5_1", "q5_0", "iq4_nl", "q6_k", "fp8")),
+    Config(32, 4, but=("q6_k", "iq4_xs")),
+    Config(64, 4, but=("q8_0", "q5_1", "q5_0", "iq4_nl", "q6_k", "iq4_xs", "fp8")),
 )
 
 
