@@ -62,15 +62,11 @@ def noise_levels(name: str, steps: int, tokens: int, guided: bool) -> list[float
 
 
 def from_strength(levels: list[float], strength: float) -> list[float]:
-    """The part of a list that changes a given picture by `strength` in 0-1: as diffusers' img2img, fewer steps.
-
-    UserError where no step is left.
-    """
+    """The part of a list that changes a given picture by `strength` in 0-1: as diffusers' img2img, fewer steps."""
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength}: choose more than 0, up to 1")
     steps = len(levels) - 1
-    first = int(max(steps - min(steps * strength, steps), 0))
-    if first >= steps or not 0 < strength <= 1:
-        raise UserError(f"strength {strength} leaves none of {steps} steps; choose up to 1, and at least {1 / steps:g}")
-    return levels[first:]
+    return levels[min(int(steps - steps * strength), steps - 1) :]
 
 
 def from_denoise(make: Callable[[int], list[float]], steps: int, denoise: float) -> list[float]:

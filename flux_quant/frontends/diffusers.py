@@ -98,9 +98,8 @@ class EngineTransformer(nn.Module):
             return []
         times = (timesteps.to(call.timestep.device, dtype) / 1000).float()
         here = (times == call.timestep[0]).nonzero().flatten().tolist()
-        return (
-            [call._replace(timestep=time.expand(len(call.timestep))) for time in times[here[0] + 1 :]] if here else []
-        )
+        later = times[here[0] + 1 :] if here else ()
+        return [call._replace(timestep=time.expand(len(call.timestep))) for time in later]
 
 
 def load_transformer(path: str | Path) -> EngineTransformer:
@@ -110,7 +109,7 @@ def load_transformer(path: str | Path) -> EngineTransformer:
 
 def load_pipeline(components: Components) -> "FluxPipeline":
     """The whole pipeline from files, on the CPU in float32."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import FluxPipeline
 
     transformer = load_transformer(components.transformer)
     transformer.scheduler = make_scheduler(transformer.config.guidance_embeds)
