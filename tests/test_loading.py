@@ -7,6 +7,7 @@ from torch import nn
 from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.writer import create_checkpoint
+from flux_quant.embedding import QuantEmbedding
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
@@ -79,6 +80,15 @@ def test_any_module_takes_its_weights_as_they_are_stored(reader, device):
     assert module.embed.weight.dtype == module.norm.weight.dtype == torch.float32
     assert not any(p.requires_grad or p.is_meta for p in module.parameters())
     assert module.to_out(module.norm(module.to_v(module.embed(torch.arange(3))))).isfinite().all()
+
+
+def test_tables_stay_packed_on_request(reader):
+    ids = torch.tensor([[10, 0], [3, 3]])
+    expected = load_quantized_(Attention(), reader, key_map).embed(ids)
+    module = load_quantized_(Attention(), reader, key_map, packed=("embed",))
+    assert isinstance(module.embed, QuantEmbedding) and not list(module.embed.parameters())
+    assert module.embed.fmt.name == reader.tensors["words.weight"].format
+    assert torch.equal(module.embed(ids), expected)
 
 
 def test_what_does_not_fit_is_named_and_nothing_changed(reader):

@@ -280,6 +280,20 @@ def test_pages_of_a_block_are_given_back_under_a_budget(monkeypatch: pytest.Monk
     assert not events
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_t5_on_cuda(precision: str):
+    """As on the CPU; the table stays there, and the device's memory is free afterwards."""
+    plain = encode_t5(T5, TOKENIZERS, ["ant", "red apple"], TextOptions(placement=Placement(precision=precision)))
+    before = torch.cuda.memory_allocated()
+    placement = Placement("cuda", precision, at_once=2)
+    found = encode_t5(T5, TOKENIZERS, ["ant", "red apple"], TextOptions(placement=placement))
+    assert found.device.type == "cpu" and found.dtype == plain.dtype
+    error = (found.float() - plain.float()).norm() / plain.float().norm()
+    assert error < (1e-4 if precision == "float32" else 2e-2)
+    assert torch.cuda.memory_allocated() == before
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows the mapped files of a process")
 def test_encoders_are_gone_after_use():
     def mapped() -> bool:
