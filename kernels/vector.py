@@ -32,15 +32,14 @@ from flux_quant.kernels.products import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RUN = 16  # elements that one thread has of a group
 REACH = 256  # elements of K that a warp handles per step
 MAX_SPLIT = 16
-SLIM = 8  # rows of the weight per warp that leave registers for two rows of x
+HEAVY = ("q5_1", "q6_k", "q5_k", "iq4_xs")  # formats that leave registers for two rows of x beside 16 of their own
 
 
 @dataclass(frozen=True)
 class Config:
-    """The rows of the weight that a program handles, and its warps: each takes REACH elements of them per step."""
+    """The rows of the weight that a program handles, and its warps: each takes REACH elements of every row per step."""
 
     bn: int
     warps: int
@@ -56,7 +55,7 @@ CONFIGS = (
     Config(16, 4),
     Config(32, 1),
     Config(32, 2),
-    Config(32, 4, but=("q6_k", "iq4_xs")),
+    Config(32, 4, but=("q6_k",)),
     Config(64, 4, but=("q8_0", "q5_1", "q5_0", "iq4_nl", "q6_k", "iq4_xs", "fp8")),
 )
 
@@ -81,6 +80,7 @@ def vector_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
+    T: tl.constexpr,
     WARPS: tl.constexpr,
     SPLIT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -91,9 +91,8 @@ def vector_kernel(
     of the sums -> out (SPLIT, M, N) float32."""
     SHIFTED: tl.constexpr = R.layout.bias == 128 and R.name != "fp8"  # larger ones cost digits: they go first
     SIDE: tl.constexpr = 16 if R.layout.block == 256 else 2 if R.layout.width == 32 else 4
-    EACH: tl.constexpr = 256 // R.layout.block  # blocks that a warp takes of a row
-    T: tl.constexpr = EACH * WARPS
-    RUNS: tl.constexpr = R.layout.width // 16
+    EACH: tl.constexpr = T // WARPS  # blocks that a warp takes of a row
+    RUNS: tl.constexpr = R.layout.width // 16  # a thread has 16 elements of a group
     SUMS: tl.constexpr = EACH * R.layout.groups * RUNS  # that a warp keeps of a row
     PLANES: tl.constexpr = R.layout.planes
     STEPS: tl.constexpr = (R.blocks + T - 1) // T
@@ -169,15 +168,15 @@ def linear(
     grid = (triton.cdiv(n, config.bn), split, triton.cdiv(m, at_once))
     vector_kernel[grid](
         x, data.view(torch.uint8), scale, bias, place, m, n, x.stride(0), out.stride(0),
-        rows, at_once, config.bn, config.warps, split, native, kind, 1.0, num_warps=config.warps,
+        rows, at_once, config.bn, config.blocks(rows), config.warps, split, native, kind, 1.0, num_warps=config.warps,
     )  # fmt: skip
     return out if split == 1 else joined(place, scale, bias, out, kind, 1.0)
 
 
 def candidates(capability: tuple[int, int], name: str, m: int, n: int, k: int) -> tuple[Config, ...]:
     """What is worth a try for x (M, K) and weights (N, K)."""
-    fitting = tuple(config for config in CONFIGS if name not in config.but)
-    return fitting if m == 1 else tuple(config for config in fitting if config.bn <= SLIM * config.warps)
+    most = 64 if m == 1 else 16 if name in HEAVY else 32
+    return tuple(config for config in CONFIGS if config.bn <= most and name not in config.but)
 
 
 def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: int) -> Config:
