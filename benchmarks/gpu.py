@@ -40,6 +40,7 @@ PARTS = {
     "kernels": Part("flux_quant.benchmarks.kernels", 130),
     "products8": Part("flux_quant.benchmarks.products8", 40),
     "step": Part("flux_quant.benchmarks.step", 80),
+    "aims": Part("flux_quant.benchmarks.aims", 20),
 }
 
 

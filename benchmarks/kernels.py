@@ -103,11 +103,12 @@ def unpacking(fmt: QuantFormat, parts: list[tuple[Tensor, ...]], dtype: torch.dt
 def measure_linear(
     chosen: dict[str, QuantFormat],
     layers: dict[Shape, tuple[int, ...]],
-    compiled: Shape,
     device: torch.device,
     dtype: torch.dtype,
+    tiny: bool,
 ) -> Iterator[dict[str, object]]:
     """One row per layer, format and number of rows: how exact, how fast, by which way."""
+    compiled = eighth(COMPILED) if tiny else COMPILED
     for shape, counts in layers.items():
         dense = [parts[0] for parts in copies_of(FORMATS[PLAIN[dtype]], shape, device)]
         for name, fmt in chosen.items():
@@ -115,7 +116,11 @@ def measure_linear(
                 continue
             file_fmt = file_form(fmt)
             parts, native = copies_of(fmt, shape, device), copies_of(file_fmt, shape, device)
-            chain = compiled_chain(file_fmt, shape, dtype, device) if shape == compiled else None
+            chain = (
+                compiled_chain(file_fmt, shape, dtype, device)
+                if shape == compiled and (not tiny or name == "q8_0")
+                else None
+            )
             for m in counts:
                 x = torch.randn(m, shape[1], device=device, dtype=dtype)
                 contenders = {
@@ -190,7 +195,7 @@ def measure(device: torch.device, names: Sequence[str] = (), tiny: bool = False)
         "copy_gb_per_s": copy / 1e9,
         "product_tflop_per_s": product / 1e12,
         "unpacking": list(measure_unpacking(chosen, shape, device, dtype, copy)),
-        "linear": list(measure_linear(chosen, layers, eighth(COMPILED) if tiny else COMPILED, device, dtype)),
+        "linear": list(measure_linear(chosen, layers, device, dtype, tiny)),
     }
 
 

@@ -44,11 +44,14 @@ def fingerprint() -> dict[str, object]:
 def write_result(suite: str, result: dict[str, object], folder: Path = RESULTS) -> Path:
     """`folder/suite-device.json`, which replaces the last one of this device."""
     folder.mkdir(parents=True, exist_ok=True)
-    machine = fingerprint()
-    device = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
-    path = folder / f"{suite}-{device}.json"
-    path.write_text(json.dumps({"suite": suite, "machine": machine, **result}, indent=1) + "\n")
+    path = result_path(suite, folder)
+    path.write_text(json.dumps({"suite": suite, "machine": fingerprint(), **result}, indent=1) + "\n")
     return path
+
+
+def result_path(suite: str, folder: Path = RESULTS) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    return folder / f"{suite}-{device}.json"
 
 
 def device_name() -> str:

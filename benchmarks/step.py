@@ -94,8 +94,9 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = run(args.formats.split(","), args.size, device, args.small)
-    table = Table(title=f"One step at {args.size} px on {device_name()}")
+    size = min(args.size, 64) if args.small else args.size
+    result = run(args.formats.split(","), size, device, args.small)
+    table = Table(title=f"One step at {size} px on {device_name()}")
     for column in ("format", "ms", "of BF16", "peak GB"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
