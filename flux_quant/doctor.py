@@ -134,6 +134,7 @@ def machine_of(report: Report) -> Machine | None:
         pageable=gpu.pageable,
         disk=report.disk or DISK,
         cpu=report.cpu_flops.get("fp32", CPU_FLOPS),
+        triton=gpu.triton == "works",
     )
 
 

@@ -22,14 +22,13 @@ PATCH = 16  # pixels of a token's side
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FORMAT_OF = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # the format that is multiplied as it lies
 COMPUTE = ("float", "int8", "fp8")  # dtype of the products in the blocks: the activations' own, or 8 bits
-TRITON = (7, 0)  # lowest compute capability with our kernels
 
 ALIGNMENT = 256  # of each tensor in a block's one buffer
 CONTEXT = 400_000_000  # CUDA's own, with the code of kernels: users report about this much; the driver decides
 CUBLAS = {(0, 0): 8 << 20, (9, 0): 32 << 20}  # workspace that torch gives it, by lowest compute capability
 FRAGMENTS = 0.1  # of the activations: what torch's allocator may hold beyond what lives; an allowance, not measured
 SCRATCH_SHARE, SCRATCH_LEAST, SCRATCH_MOST = 128, 32 << 20, 132 << 20  # as `kernels.triton_path.scratch_bytes`
-CODEC_SCRATCH = 5 * (64 << 20)  # of torch alone: what the codecs' temporaries take at most of 64 MiB slices
+CODEC_SCRATCH = 4 * (64 << 20)  # of torch alone: what the codecs' temporaries take at most of 64 MiB slices
 ACCUMULATORS = 32 << 20  # of int8 products in torch, which stay in slices of this size
 
 HOISTED = ("_mod.", ".modulation.", "adaLN_modulation.", "time_in.", "vector_in.", "guidance_in.")
@@ -191,11 +190,11 @@ def state_bytes(config: FluxConfig, work: Work, dtype: str) -> int:
     return work.batch * work.passes * item * (text + latents + steering)
 
 
-def scratch_bytes(total: int, capability: tuple[int, int], packed: bool) -> int:
+def scratch_bytes(total: int, triton: bool, packed: bool = True) -> int:
     """For unpacked weights: of our kernels by the card's memory, of torch alone for the codecs' temporaries."""
     if not packed:
         return 0
-    if capability < TRITON:
+    if not triton:
         return CODEC_SCRATCH
     return max(SCRATCH_LEAST, min(SCRATCH_MOST, total // SCRATCH_SHARE)) // 256 * 256
 
@@ -237,7 +236,7 @@ class TextEncoder:
         b, t, d = work.passes, work.words, self.hidden
         heads = d // T5_CHANNELS
         scores = (3 * b + 1) * heads * t * t + 7 * b * t * d
-        return 4 * max(scores, b * t * (3 * self.feed_forward + 4 * d))
+        return 4 * max(scores, b * t * (4 * self.feed_forward + 6 * d))
 
 
 def t5_xxl(fmt: str) -> TextEncoder:

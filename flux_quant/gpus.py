@@ -20,6 +20,7 @@ SHOWN = 0.96  # of a card's nominal memory, what torch counts: 5.79 of 6, 7.75 o
 DISPLAY = 500_000_000  # bytes that a desktop on the same card takes; cards without outputs have none
 LANE = 12e9 / 16  # pinned bytes/s of a third-generation lane: x16 gives 11.3 to 12 GB/s, the fourth 22.5 to 25
 PAGEABLE = 8e9  # bytes/s, typical; 2e9 were seen on laptops, 13e9 to 18e9 behind a fast fourth-generation x16 link
+TRITON = (7, 0)  # lowest compute capability with our kernels
 GEMM, ATTENTION, MEMORY = 0.8, 0.6, 0.88  # of the datasheet: expected of cuBLAS, flash attention, streaming kernels
 
 # A processor with 8 cores and AVX2, for text encoders that stay on it; and a drive on four third-generation lanes.
@@ -43,6 +44,7 @@ class Machine:
     pageable: float
     disk: float = DISK
     cpu: float = CPU_FLOPS
+    triton: bool = True  # our kernels run; else torch does their work, in more memory
 
     @property
     def dtype(self) -> str:
@@ -107,6 +109,7 @@ class Gpu:
             bandwidth=self.bandwidth * 1e9 * MEMORY,
             pinned=self.link,
             pageable=min(PAGEABLE, self.link),
+            triton=self.capability >= TRITON,
         )
 
 

@@ -46,13 +46,12 @@ def fixed_parts(machine: Machine) -> tuple[tuple[str, int], ...]:
 
 def scratch_for(model: Model, machine: Machine) -> int:
     packed = any(block.unpacked(machine.dtype)[0] for block in model.blocks)
-    return footprint.scratch_bytes(machine.total, machine.capability, packed)
+    return footprint.scratch_bytes(machine.total, machine.triton, packed)
 
 
 def denoising_parts(model: Model, work: Work, machine: Machine) -> tuple[tuple[str, int], ...]:
     """Everything but the blocks."""
-    fused = machine.capability >= footprint.TRITON
-    activations = footprint.activation_bytes(model.config, work, machine.dtype, fused)
+    activations = footprint.activation_bytes(model.config, work, machine.dtype, machine.triton)
     parts = (
         *fixed_parts(machine),
         ("scratch of unpacked weights", scratch_for(model, machine)),
@@ -75,7 +74,7 @@ def text(encoder: TextEncoder, work: Work, machine: Machine, budget: Budget, hos
         f"T5 streamed through the GPU ({on_cpu:.0f} s on the processor)",
         (
             *fixed_parts(machine),
-            ("scratch of unpacked weights", footprint.scratch_bytes(machine.total, machine.capability, True)),
+            ("scratch of unpacked weights", footprint.scratch_bytes(machine.total, machine.triton)),
             ("slots", 2 * max(encoder.blocks)),
             ("activations", int((1 + FRAGMENTS) * activations)),
         ),
@@ -148,33 +147,39 @@ def decode_parts(machine: Machine, tiling: vae.Tiling | None) -> Parts:
     return (*fixed_parts(machine), ("VAE's weights", weights), ("feature maps", maps))
 
 
-def minimum(model: Model, work: Work, machine: Machine) -> int:
-    """The least budget that can do this work: one slot, text on the processor, the smallest tiles."""
-    denoising = sum(nbytes for _, nbytes in denoising_parts(model, work, machine)) + model.largest
+def minimum(model: Model, work: Work, machine: Machine) -> tuple[int, str]:
+    """The least budget for this work, and the phase that needs it: one slot, T5 on the processor, the smallest tiles."""
     smallest = (vae.tile_length(side, vae.MOST_TILES) for side in work.latent)
     maps = vae_memory(machine).nbytes(*smallest) / (1 - vae.RESERVE)
-    decoding = sum(nbytes for _, nbytes in decode_parts(machine, None)) + ceil(maps)
-    return ceil(max(denoising, decoding, modulation_peak(model, work, machine)) / (1 - MARGIN)) + 1
+    needs = {
+        "denoising": sum(nbytes for _, nbytes in denoising_parts(model, work, machine)) + model.largest,
+        "the modulation": modulation_peak(model, work, machine),
+        "decoding": sum(nbytes for _, nbytes in decode_parts(machine, None)) + ceil(maps),
+    }
+    phase = max(needs, key=needs.__getitem__)
+    return ceil(needs[phase] / (1 - MARGIN)) + 1, phase
 
 
 def check_minimum(model: Model, work: Work, machine: Machine, budget: Budget) -> None:
-    needed = minimum(model, work, machine)
+    """UserError with the minimum, and with what would lower it to how much."""
+    needed, phase = minimum(model, work, machine)
     if needed <= budget.nbytes:
         return
     width, height = work.size
-    half = (width // 32 * 16 or 16, height // 32 * 16 or 16)
-    changes = {f"--size {half[0]}x{half[1]}": replace(work, size=half)}
-    if work.batch > 1:
-        changes["--batch 1"] = replace(work, batch=1)
-    if work.adapters:
-        changes["no adapters"] = replace(work, adapters=0)
-    if work.controlnets:
-        changes["no ControlNet"] = replace(work, controlnets=0)
-    lower = [f"{name} needs {amount(minimum(model, other, machine))}" for name, other in changes.items()]
-    blocks = f"; its largest block has {amount(model.largest)}, in fewer bits it is smaller"
+    half = (max(1, width // 32) * 16, max(1, height // 32) * 16)
+    changes = {
+        f"--size {half[0]}x{half[1]}": replace(work, size=half),
+        "--batch 1": replace(work, batch=1),
+        "without adapters": replace(work, adapters=0),
+        "without ControlNets": replace(work, controlnets=0),
+    }
+    least = {name: minimum(model, other, machine)[0] for name, other in changes.items()}
+    lower = [f"{name}: {amount(nbytes)}" for name, nbytes in least.items() if nbytes < needed]
+    if phase == "denoising":
+        lower.append(f"a format of fewer bits: its largest block has {amount(model.largest)}")
     raise UserError(
-        f"a budget of {amount(budget.nbytes)} ({budget.why}) is below the {amount(needed)} that {width}x{height}, "
-        f"batch {work.batch} needs at least (predicted); {', '.join(lower)}{blocks}"
+        f"a budget of {amount(budget.nbytes)} ({budget.why}) is below the {amount(needed)} (predicted) that {phase} of "
+        f"{width}x{height}, batch {work.batch}, needs at least{'; less: ' if lower else ''}{', '.join(lower)}"
     )
 
 

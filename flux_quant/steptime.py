@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from flux_quant.footprint import TRITON, Block, Model, TextEncoder, Work
+from flux_quant.footprint import Block, Model, TextEncoder, Work
 from flux_quant.gpus import Machine
 from flux_quant.streaming import StreamPlan
 from flux_quant.streaming.memory import RESERVE, SHARE
@@ -56,7 +56,7 @@ def block_seconds(block: Block, model: Model, work: Work, machine: Machine) -> f
     products = block.weights * (tokens if block.is_double else 2 * tokens) * b
     rate = machine.flops[machine.dtype if work.compute == "float" else work.compute]
     unit = b * tokens * config.hidden * (4 if machine.dtype == "fp32" else 2)
-    units = UNITS[machine.capability >= TRITON][0 if block.is_double else 1]
+    units = UNITS[machine.triton][0 if block.is_double else 1]
     attention = 4 * b * tokens**2 * config.hidden
     moved = units * unit + unpack_bytes(block, work, machine)
     return products / rate + attention / machine.attention + moved / machine.bandwidth
