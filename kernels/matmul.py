@@ -242,6 +242,7 @@ def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: in
 
 
 def default_split(config: Config, rows: Rows, m: int, n: int, multiprocessors: int) -> int:
-    """Parts along K: two programs per multiprocessor, if there are as many steps. Derived, not measured."""
+    """Parts along K. By registers, eight warps of a large tile run on a multiprocessor, or sixteen of a small one."""
     programs = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
-    return parts_of(programs, 2 * multiprocessors, triton.cdiv(rows.blocks, config.blocks(rows)), MAX_SPLIT)
+    places = multiprocessors * (16 if config.bm <= 32 else 8) // config.warps
+    return parts_of(programs, places, triton.cdiv(rows.blocks, config.blocks(rows)), MAX_SPLIT)

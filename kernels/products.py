@@ -15,6 +15,7 @@ MAX_OFFSET = 2**31  # bytes of a weight: offsets into it are computed in 32 bits
 NATIVE_E4M3 = (8, 9)  # from this compute capability on the hardware converts FP8
 MULTIPROCESSORS = {(8, 0): 108, (8, 6): 28, (8, 9): 46, (9, 0): 132, (12, 0): 70}  # where no device can be asked
 ADDED = 1024  # outputs that a program of `add_parts` finishes
+WRITING, ADDING = 1.5, 2  # in steps along K; from the bytes of a tile's sums and of a step, not measured
 
 
 @triton.jit
@@ -134,7 +135,12 @@ def multiprocessors(x: Tensor) -> int:
     return MULTIPROCESSORS[max((known for known in MULTIPROCESSORS if known <= capability), default=(8, 6))]
 
 
-def parts_of(programs: int, wanted: int, steps: int, most: int) -> int:
-    """Equal parts, `most` at most, into which to cut `steps` steps along K so that `programs` become about `wanted`."""
-    parts = min(most, steps, max(1, wanted // max(1, programs)))
-    return next(part for part in range(parts, 0, -1) if steps % part == 0)
+def parts_of(programs: int, places: int, steps: int, most: int) -> int:
+    """Into how many equal parts, `most` at most, to cut `steps` steps along K where `places` programs run at a time: as
+    few steps as can be after each other, with WRITING for every part of a sum and ADDING for the kernel that adds."""
+
+    def duration(parts: int) -> float:
+        rounds = -(-programs * parts // places)
+        return rounds * (steps // parts + (WRITING if parts > 1 else 0)) + (ADDING if parts > 1 else 0)
+
+    return min((parts for parts in range(1, min(most, steps) + 1) if steps % parts == 0), key=duration)

@@ -185,6 +185,7 @@ def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: in
 
 
 def default_split(config: Config, rows: Rows, m: int, n: int, multiprocessors: int) -> int:
-    """Parts along K: two programs per multiprocessor, if there are as many steps. Derived, not measured."""
+    """Parts along K. By registers, some twelve warps run on a multiprocessor."""
     programs = triton.cdiv(n, config.bn) * triton.cdiv(m, 2)
-    return parts_of(programs, 2 * multiprocessors, triton.cdiv(rows.blocks, config.blocks(rows)), MAX_SPLIT)
+    places = multiprocessors * 12 // config.warps
+    return parts_of(programs, places, triton.cdiv(rows.blocks, config.blocks(rows)), MAX_SPLIT)

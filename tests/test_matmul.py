@@ -233,8 +233,15 @@ def test_configurations(kernel, name, card):
 
 
 @pytest.mark.parametrize(
-    ("programs", "wanted", "steps", "most", "parts"),
-    [(48, 264, 12, 8, 4), (288, 264, 12, 8, 1), (1, 264, 7, 8, 7), (1, 264, 7, 4, 1), (10, 56, 60, 16, 5)],
+    ("programs", "places", "steps", "most", "parts"),
+    [
+        (144, 528, 12, 8, 3),  # at once: a third takes 4 steps, 1.5 for writing and 2 for adding
+        (96, 132, 12, 8, 1),  # two halves have no room beside each other
+        (288, 264, 12, 8, 1),
+        (1, 264, 7, 8, 7),
+        (1, 264, 7, 6, 1),  # 7 has no other divisor
+        (1, 264, 2, 8, 1),
+    ],
 )
-def test_parts_along_k_are_equal(programs, wanted, steps, most, parts):
-    assert parts_of(programs, wanted, steps, most) == parts
+def test_parts_along_k(programs, places, steps, most, parts):
+    assert parts_of(programs, places, steps, most) == parts
