@@ -25,7 +25,7 @@ Vram = Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="GPU me
 Ram = Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="RAM of the machine [default: this one's]")]
 Pixels = Annotated[str | None, typer.Option("--size", metavar="WxH", help="pixels [default: the model's]")]
 Batch = Annotated[int, typer.Option("--batch", help="pictures at once")]
-StepCount = Annotated[int, typer.Option("--steps", help="denoising steps")]
+StepCount = Annotated[int | None, typer.Option("--steps", help="denoising [default: 20, of [schnell] 4]")]
 Words = Annotated[int | None, typer.Option("--words", help="tokens of T5 [default: 512, of [schnell] 256]")]
 Negative = Annotated[bool, typer.Option("--negative", help="a negative prompt: two passes a step")]
 Compute = Annotated[str, typer.Option("--compute", help="dtype of the products: float, int8, fp8")]
@@ -47,7 +47,7 @@ def plan(
     ram: Ram = None,
     size: Pixels = None,
     batch: Batch = 1,
-    steps: StepCount = 20,
+    steps: StepCount = None,
     words: Words = None,
     negative: Negative = False,
     compute: Compute = "float",
@@ -64,11 +64,12 @@ def plan(
 
     reader = open_component(file, "FLUX.1")
     model = Model.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
+    guided = model.config.guidance
     work = Work(
         size=picture_size(size, file),
         batch=batch,
-        words=words or (512 if model.config.guidance else 256),
-        steps=steps,
+        words=(512 if guided else 256) if words is None else words,
+        steps=(20 if guided else 4) if steps is None else steps,
         passes=2 if negative else 1,
         compute=compute,
         adapters=bytes_of(lora),

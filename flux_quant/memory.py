@@ -16,6 +16,7 @@ class Budget:
 
     nbytes: int
     why: str  # where it comes from
+    reserve: int = 0  # bytes of the device that are to stay free besides
 
     @classmethod
     def of(cls, text: str | None, free: int, source: str, reserve: int = RESERVE) -> "Budget":
@@ -26,11 +27,12 @@ class Budget:
         if text is None:
             if free <= reserve:
                 raise UserError(f"{source} is {amount(free)}, less than the {amount(reserve)} that is left alone")
-            return cls(free - reserve, f"{source}, {amount(free)}, less {amount(reserve)}" if reserve else source)
+            why = f"{source}, {amount(free)}, less {amount(reserve)}" if reserve else source
+            return cls(free - reserve, why, reserve)
         wanted = parse_amount(text, "budget")
         if wanted > free:
             return cls(free, f"{source}; {text} is more than there is")
-        return cls(wanted, f"--vram {text}")
+        return cls(wanted, f"--vram {text}", min(reserve, free - wanted))
 
 
 def parse_amount(text: str, what: str = "amount") -> int:

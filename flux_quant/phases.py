@@ -148,7 +148,7 @@ def decode_parts(machine: Machine, tiling: vae.Tiling | None) -> Parts:
 
 
 def minimum(model: Model, work: Work, machine: Machine) -> tuple[int, str]:
-    """The least budget for this work, and the phase that needs it: one slot, T5 on the processor, the smallest tiles."""
+    """The least budget for this work, and the phase that needs it: one slot, T5 on the processor, small tiles."""
     smallest = (vae.tile_length(side, vae.MOST_TILES) for side in work.latent)
     maps = vae_memory(machine).nbytes(*smallest) / (1 - vae.RESERVE)
     needs = {

@@ -209,12 +209,13 @@ STALL = 0.02  # of a step: less is not worth a change
 SPILL = 3.0  # times the usual step: copies and compute do not vary as much, memory that the driver moved out does
 
 
-def replan(plan: Plan, seen: Seen, reserve: int = RESERVE) -> tuple[Plan, tuple[str, ...]]:
+def replan(plan: Plan, seen: Seen) -> tuple[Plan, tuple[str, ...]]:
     """The plan for the next steps and why it differs; the same plan and no reasons where nothing has to change.
 
     Blocks are given up where memory is short, and stay in addition where the compute waits and memory is free. What is
-    given up leaves `reserve` bytes free; it is needed again only below half of that, so that plans do not alternate.
+    given up leaves the budget's reserve free; more is given up only below half of that, so that plans do not alternate.
     """
+    reserve = plan.budget.reserve
     over = seen.peak - plan.budget.nbytes
     if over > 0:
         return shed(plan, over, f"{amount(seen.peak)} were held, {amount(over)} more than the budget")
@@ -222,7 +223,7 @@ def replan(plan: Plan, seen: Seen, reserve: int = RESERVE) -> tuple[Plan, tuple[
         return shed(plan, reserve - seen.free, f"only {amount(seen.free)} of the device are free")
     if seen.step > SPILL * seen.usual and seen.stall < (seen.step - seen.usual) / 2:
         why = f"a step took {seen.step:.1f} s, usually {seen.usual:.1f} s: the driver may have moved memory out"
-        return shed(plan, reserve, why)
+        return shed(plan, max(reserve, RESERVE), why)
     room = min(-over, seen.free - reserve)
     if seen.stall > STALL * seen.step and room > 0:
         return grow(plan, room, f"compute waited {seen.stall:.2f} s of {seen.step:.2f} s for copies")

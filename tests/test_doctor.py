@@ -110,6 +110,20 @@ def diagnosed_without_gpu() -> doctor.Report:
     return doctor.Report(**words, **numbers, cpu_flops={"fp32": 1e11}, gpu=None, missing=())
 
 
+def test_rates_of_a_gpu_tried_on_the_processor(monkeypatch):
+    """The same code on tensors of the processor: every product that this torch has, and every copy."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for name, value in dict(M=64, K=64, N=128, FLUX_TOKENS=32).items():
+        monkeypatch.setattr(rates, name, value)
+    cpu = torch.device("cpu")
+    found = rates.gpu_rates(cpu, (8, 9), BRIEF)
+    assert {"fp16", "bf16"} <= set(found) <= {"fp16", "bf16", "int8", "fp8"} and min(found.values()) > 0
+    assert set(rates.gpu_rates(cpu, (6, 1), BRIEF)) == {"fp32"}
+    assert set(rates.copy_rates(cpu, BRIEF)) == {"pinned", "pageable", "device"}
+    assert rates.attention_rate(cpu, (6, 1), BRIEF) > 0 and "cpu" in doctor.triton_state(cpu)
+
+
 @pytest.mark.gpu
 def test_rates_of_a_gpu(tmp_path):
     report = diagnose(tmp_path, effort=replace(BRIEF, seconds=0.02, copy_bytes=64 << 20))

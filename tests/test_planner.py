@@ -37,7 +37,7 @@ def planned(
     variant: str, name: str, card: str, size: tuple[int, int], nbytes: int | None = None, **more: object
 ) -> Plan:
     machine = GPUS[card].machine()
-    budget = Budget(machine.usable if nbytes is None else nbytes, "of a test")
+    budget = Budget(machine.usable if nbytes is None else nbytes, "of a test", GB // 2)
     return plan(model(variant, name), work(variant, size, **more), machine, budget, T5)
 
 
@@ -248,6 +248,8 @@ def test_memory_grows_short():
     assert (
         len(reasons) == 1 and "0 B" in reasons[0] and "single_blocks" in reasons[0] and reasons[0] in other.stream.why
     )
+    asked = replace(made, budget=replace(made.budget, reserve=0))
+    assert replan(asked, calm(made, free=0)) == (asked, ()), "a budget that takes all there is"
     again, none = replan(other, calm(other, free=GB // 2))
     assert again == other and not none, "what was given up is not taken back at once"
     back, _ = replan(other, calm(other, stall=0.1 * made.step, free=2 * GB, peak=other.peak))
@@ -271,7 +273,7 @@ def test_spill():
 
 def test_waiting_for_copies_brings_residents():
     made = planned("dev", "bf16", "rtx-4060-8gb", (512, 512), 4 * GB)
-    tight = replace(made, budget=Budget(6 * GB, "test"))
+    tight = replace(made, budget=Budget(6 * GB, "test", GB // 2))
     seen = Seen(step=made.step, stall=0.3 * made.step, free=2 * GB, peak=4 * GB, usual=made.step)
     other, reasons = replan(tight, seen)
     added = other.stream.resident - made.stream.resident
@@ -320,7 +322,8 @@ def test_no_amounts(text):
 def test_budgets():
     """Free memory less a reserve, or what was asked for, at most what there is."""
     assert Budget.of(None, 8 * GB, "free memory").nbytes == 8 * GB - 500_000_000
-    assert Budget.of("6GB", 8 * GB, "free memory") == Budget(6 * GB, "--vram 6GB")
+    assert Budget.of("6GB", 8 * GB, "free memory") == Budget(6 * GB, "--vram 6GB", 500_000_000)
+    assert Budget.of("7.9GB", 8 * GB, "free memory").reserve == GB // 10, "of what was asked for, no more is left alone"
     lowered = Budget.of("10GB", 8 * GB, "free memory")
     assert lowered.nbytes == 8 * GB and "10GB is more than there is" in lowered.why
     with pytest.raises(UserError, match="400 MB"):
