@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flux_quant.streaming.device import COMPUTE, COPY
 
@@ -46,6 +46,7 @@ class ThreadDevice:
     lazy: bool = True
     registers: bool = True  # whether ordinary memory can be pinned
     most: int | None = None  # bytes that `allocate` gives out in all
+    compute_is_host: bool = False  # for work that `Late` cannot put off: compiled, or not made of torch's operators
     device: torch.device = torch.device("cpu")
     allocations: list[int] = field(default_factory=list)
     registered: set[int] = field(default_factory=set)
@@ -58,6 +59,7 @@ class ThreadDevice:
         self.running: set[str] = set()
         self.wanted = 0  # threads that wait
         self.stuck = False
+        self.error: Exception | None = None
         self.changed = threading.Condition()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -86,10 +88,13 @@ class ThreadDevice:
         return LateEvent()
 
     def record(self, event: LateEvent, queue: str) -> None:
-        mark = event.mark = Mark()
+        mark = Mark()
         self.launch(queue, lambda: setattr(mark, "time", time.perf_counter()))
+        event.mark = mark
 
     def wait(self, queue: str, event: LateEvent) -> None:
+        if queue == COMPUTE and self.compute_is_host:
+            self._until(lambda: self.done(event))
         if event.mark is not None:
             self.launch(queue, event.mark)
 
@@ -113,14 +118,18 @@ class ThreadDevice:
         """Queue a function, or a wait for a mark."""
         with self.changed:
             self.queues[queue].append(work)
+            self.stuck = False
             self.changed.notify_all()
 
     def _until(self, condition: Callable[[], bool]) -> None:
         with self.changed:
             self.wanted += 1
+            self.stuck = False
             self.changed.notify_all()
-            self.changed.wait_for(lambda: condition() or self.stuck)
+            self.changed.wait_for(lambda: condition() or self.stuck or self.error)
             self.wanted -= 1
+            if self.error:
+                raise self.error
             assert condition(), "every queue waits for another one"
 
     def _ready(self, queue: str) -> bool:
@@ -139,19 +148,22 @@ class ThreadDevice:
         return self.queues[queue].popleft()
 
     def _work(self) -> None:
-        with torch.no_grad():
-            while True:
-                with self.changed:
-                    self.running.clear()
-                    while (work := self._next()) is None:
-                        self.stuck = self.lazy and bool(self.wanted) and any(self.queues.values())
-                        self.changed.notify_all()
-                        self.changed.wait()
-                if not self.lazy and self.rng.random() < 0.2:
-                    time.sleep(self.rng.random() / 5000)
-                work()
-                with self.changed:
+        while True:
+            with self.changed:
+                self.running.clear()
+                while (work := self._next()) is None:
+                    self.stuck = self.wanted > 0 and (self.lazy or any(self.queues.values()))
                     self.changed.notify_all()
+                    self.changed.wait()
+            if not self.lazy and self.rng.random() < 0.2:
+                time.sleep(self.rng.random() / 5000)
+            try:
+                with torch.inference_mode(COMPUTE in self.running), torch.no_grad():
+                    work()
+            except Exception as error:
+                self.error = error
+            with self.changed:
+                self.changed.notify_all()
 
 
 class Late(TorchDispatchMode):
@@ -166,12 +178,14 @@ class Late(TorchDispatchMode):
         kwargs = kwargs or {}
         returns = func._schema.returns
         alias = bool(returns) and returns[0].alias_info is not None
-        if func.overloadpacket is torch.ops.aten.set_ or alias and not returns[0].alias_info.is_write:  # a view
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not tensors or func.overloadpacket is torch.ops.aten.set_:
             return func(*args, **kwargs)
-        tensors: list[Tensor] = []
-        tree_map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
-        if not tensors:
-            return func(*args, **kwargs)
+        if alias and not returns[0].alias_info.is_write:  # a view, or a copy where that is impossible
+            result, memory = func(*args, **kwargs), {x.untyped_storage()._cdata for x in tensors}
+            if all(x.untyped_storage()._cdata in memory for x in tree_leaves(result)):
+                return result
+            alias = False
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             self.device.finish()
             return func(*args, **kwargs)
@@ -182,14 +196,10 @@ class Late(TorchDispatchMode):
         results = tree_map(lambda x: blank(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
         def work() -> None:
-            def fill(late: object, value: object) -> None:
+            values = tree_leaves(func(*held_args, **held_kwargs))
+            for late, value in zip(tree_leaves(results), values, strict=True):
                 if isinstance(late, Tensor):
                     late.copy_(value)
-
-            values = func(*held_args, **held_kwargs)
-            rows = zip(results, values, strict=True) if isinstance(results, tuple | list) else [(results, values)]
-            for late, value in rows:
-                fill(late, value)
 
         self.device.launch(COMPUTE, work)
         return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results)

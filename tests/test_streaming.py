@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable
 from itertools import cycle, product
+from threading import current_thread, main_thread
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ class Interrupted(ThreadDevice):
     countdown: int = -1
 
     def launch(self, queue, work):
-        if self.countdown >= 0:
+        if self.countdown >= 0 and current_thread() is main_thread():
             self.countdown -= 1
             if self.countdown < 0:
                 raise KeyboardInterrupt
@@ -238,7 +239,7 @@ def test_interrupted_anywhere(tier: str):
         assert state(module) == before and not hooks(module) and not device.registered
         if done:
             break
-    assert interruptions == countdown > 20
+    assert interruptions == countdown > 15
 
 
 @torch.no_grad()

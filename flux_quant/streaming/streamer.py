@@ -155,6 +155,7 @@ class BlockStreamer:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @torch.inference_mode(False)  # slots are written by other threads, which are not in that mode
     def replan(self, plan: StreamPlan) -> None:
         """Carry out another plan for the same blocks from the next pass on. What is pinned stays pinned.
 
@@ -193,6 +194,7 @@ class BlockStreamer:
         totals.pinned_bytes = self.arena.pinned_bytes + (2 * max(staged) if staged else 0)
         totals.pageable_bytes, totals.mapped_bytes = self.arena.tiers(plan.streamed)
 
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Leave the module as it was, and give back all memory. Waits for the device."""
         if self.attached:
