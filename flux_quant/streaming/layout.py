@@ -181,7 +181,7 @@ def owned(
 
 
 def check_paths(module: nn.Module, blocks: Sequence[str], extra: Iterable[str]) -> None:
-    known = dict(module.named_modules())
+    known = dict(module.named_modules(remove_duplicate=False))
     listed = set(blocks)
     for name in blocks:
         if name not in known or not name:
