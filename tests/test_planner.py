@@ -235,7 +235,8 @@ def calm(made: Plan, **seen: float) -> Seen:
 
 def test_nothing_to_change():
     made = streaming_plan()
-    for seen in (calm(made), calm(made, stall=0.01 * made.step), calm(made, stall=made.step / 2, free=GB // 2)):
+    waits = calm(made, stall=made.step / 2, free=GB // 2)
+    for seen in (calm(made), calm(made, stall=0.01 * made.step), calm(made, free=GB * 3 // 10), waits):
         assert replan(made, seen) == (made, ())
 
 
