@@ -93,7 +93,7 @@ def drawable_size(size: tuple[int, int], recommended: tuple[int, int] = (1024, 1
     """The nearest size with sides that are multiples of 16; warns if it is another one, or far from the recommended."""
     if min(size) < 1:
         raise UserError(f"size {size[0]}x{size[1]}: both sides must be positive")
-    width, height = (max(PATCH, round(side / PATCH) * PATCH) for side in size)
+    width, height = (max(PATCH, int(side / PATCH + 0.5) * PATCH) for side in size)
     if (width, height) != tuple(size):
         change = f"size {size[0]}x{size[1]} becomes {width}x{height}"
         warnings.warn(f"{change}: sides are multiples of {PATCH}", stacklevel=2)
