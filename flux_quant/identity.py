@@ -57,10 +57,10 @@ def sampled(path: Path) -> bytes:
     return digest.digest()
 
 
-def content(folder: Path) -> str:
-    """SHA-256 of all files in a folder, with their names; for tokenizers, which are small."""
+def content(folder: Path, suffixes: tuple[str, ...] = (".json", ".txt", ".model")) -> str:
+    """SHA-256 of the small files in a folder that make up a tokenizer, with their names."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in suffixes):
         for part in (file.name.encode(), file.read_bytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -18,14 +18,14 @@ Places = list[tuple[int, int]]  # of tokens: first and last character (the one a
 
 def tokenizer_folder(root: Path, kind: str) -> Path:
     """kind "t5" or "clip" below `root`, in a folder of one of the names in FOLDERS. UserError that says what to do."""
-    folder = next((root / name for name in FOLDERS[kind] if (root / name).is_dir()), None)
+    folders = [root / name for name in FOLDERS[kind] if (root / name).is_dir()]
+    if found := next((folder for folder in folders if any((folder / name).is_file() for name in FILES[kind])), None):
+        return found
     advice = f"copy the files of {REPOSITORY[kind]} of the FLUX.1 repository there (no weights, nothing is downloaded)"
-    if folder is None:
+    if not folders:
         raise UserError(f"{root}: no folder {' or '.join(FOLDERS[kind])} with the {kind.upper()} tokenizer; {advice}")
-    if not any((folder / name).is_file() for name in FILES[kind]):
-        names = " nor ".join(FILES[kind])
-        raise UserError(f"{folder}: neither {names} is there: not a {kind.upper()} tokenizer; {advice}")
-    return folder
+    names = " nor ".join(FILES[kind])
+    raise UserError(f"{folders[0]}: neither {names} is there: not a {kind.upper()} tokenizer; {advice}")
 
 
 def load_tokenizer(root: Path, kind: str) -> "PreTrainedTokenizerBase":

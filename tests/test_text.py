@@ -1,5 +1,6 @@
 """Text encoders and prompts against transformers' own models, on any stored format; weights, lengths, memory."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_clip, load_t5
 from flux_quant.text import TextOptions, encode_clip, encode_t5
-from flux_quant.tokenizers import load_tokenizer, longest
+from flux_quant.tokenizers import load_tokenizer, longest, tokenizer_folder
 
 T5, CLIP = BUNDLED / "text_encoders/t5.safetensors", BUNDLED / "text_encoders/clip_l.safetensors"
 TOKENIZERS = BUNDLED / "tokenizers"
@@ -325,6 +326,15 @@ def test_missing_tokenizer_is_one_clear_line(tmp_path: Path):
         (tmp_path / kind).mkdir()
         with pytest.raises(UserError, match=f"neither tokenizer.json nor .*not a {kind.upper()} tokenizer"):
             load_tokenizer(tmp_path, kind)
+
+
+def test_weights_in_a_folder_of_that_name_are_no_tokenizer(tmp_path: Path):
+    """ComfyUI keeps text encoders in `clip`; diffusers' tokenizers may lie beside it."""
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "clip_l.safetensors").touch()
+    for ours, theirs in (("t5", "tokenizer_2"), ("clip", "tokenizer")):
+        shutil.copytree(TOKENIZERS / ours, tmp_path / theirs)
+        assert tokenizer_folder(tmp_path, ours) == tmp_path / theirs
 
 
 def test_bundled_tokenizers_know_their_end():
