@@ -53,9 +53,9 @@ setup(
         "typer>=0.26",
     ],
     extras_require={
-        # torch for CUDA brings its own triton on Linux and none on Windows. Beside torch for CPU it is of use to the tests
-        # alone, which compile kernels and run them in the interpreter: `make test` installs it, 190 MB. Without triton
-        # everything runs on the torch path.
+        # torch for CUDA brings its own triton on Linux and none on Windows. Beside torch for CPU it is of use to the
+        # tests alone, which compile kernels and run them in the interpreter: `make test` installs it, 190 MB. Without
+        # triton everything runs on the torch path.
         "triton": ["triton>=3.6; platform_system == 'Linux'", "triton-windows>=3.6; platform_system == 'Windows'"],
         "train": ["fonttools>=4.50"],
         "dev": ["libgguf>=0.2.2", "pytest>=8", "ruff>=0.12"],
