@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_quant.kernels.codes import PACKED, biased, e4m3_in_halves
+from flux_quant.kernels.codes import PACKED, biased, e4m3, e4m3_in_halves
 from flux_quant.kernels.planes import Rows
 from flux_quant.kernels.products import (
     NATIVE_E4M3,
@@ -94,8 +94,8 @@ DEFAULTS = {  # rows of x -> numbers in CONFIGS, the first that fits; from count
 def rounded_weights(codes, scale, low, R: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
     """What `unpack` gave -> weights (T, G, W) in `dtype`. FP8: without its scale, 256 times less if not NATIVE."""
     if R.name == "fp8":
-        if NATIVE:
-            return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+        if NATIVE:  # by way of float32: Triton 3.6 has no working conversion from e4m3 to bfloat16 on sm_89
+            return e4m3(codes, True).to(dtype)
         else:
             return e4m3_in_halves(codes).to(dtype)
     else:
@@ -198,7 +198,7 @@ def linear(
     (m, k), n, capability = x.shape, len(data), capability_of(x)
     if capability < OLDEST:
         raise ValueError(f"compute capability {capability} has no tensor cores in Triton; dequantize and use cuBLAS")
-    config = config or default_config(capability, rows.name, m, n, k)
+    config = config or default_config(capability, rows.name, m, n, k, rows.narrow)
     split = split or default_split(config, rows, m, n, multiprocessors(x))
     native = capability >= NATIVE_E4M3
     kind, factor = scales_of(rows, scale, n, native)
@@ -234,11 +234,12 @@ def unit_of(capability: tuple[int, int]) -> str:
     return WGMMA if capability[0] == 9 else MMA_SYNC
 
 
-def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: int) -> Config:
-    """For a card that nobody measured, by the rows of x alone."""
+def default_config(capability: tuple[int, int], name: str, m: int, n: int, k: int, narrow: bool = False) -> Config:
+    """For a card that nobody measured, by the rows of x; `narrow`: see Rows."""
     numbers = next(numbers for rows, numbers in DEFAULTS[unit_of(capability)] if rows is None or m <= rows)
     table = fitting(capability, name, k)
-    return next(CONFIGS[number] for number in numbers if CONFIGS[number] in table)
+    # Tiles of four warps have no registers left for narrow loads.
+    return next(CONFIGS[i] for i in numbers if CONFIGS[i] in table and not (narrow and i in (11, 12)))
 
 
 def default_split(config: Config, rows: Rows, m: int, n: int, multiprocessors: int) -> int:

@@ -21,6 +21,7 @@ from functools import cached_property
 import triton
 import triton.language as tl
 
+from flux_quant.codecs import planar
 from flux_quant.kernels.codes import flipped, shifted, table_values, with_bit, with_two_bits
 
 
@@ -72,6 +73,11 @@ class Rows:
     def planar_blocks(self) -> int:
         """The PLANAR of the device functions."""
         return self.blocks if self.planar else 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether codes are loaded two or four bytes at a time, because blocks are native and not aligned."""
+        return not self.planar and self.name in planar.FIELDS
 
     @property
     def wide(self) -> bool:

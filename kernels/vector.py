@@ -58,6 +58,7 @@ CONFIGS = (
     Config(32, 4, but=("q6_k",)),
     Config(64, 4, but=("q8_0", "q5_1", "q5_0", "iq4_nl", "q6_k", "iq4_xs", "fp8")),
 )
+NARROW = CONFIGS[1]  # for rows that are `narrow`, see Rows: their loads take many registers
 
 
 @triton.jit
@@ -159,12 +160,12 @@ def linear(
     if not out.numel():
         return out
     (m, k), n, capability = x.shape, len(data), capability_of(x)
-    config = config or default_config(capability, rows.name, m, n, k)
+    config = config or (NARROW if rows.narrow else default_config(capability, rows.name, m, n, k))
     split = split or default_split(config, rows, m, n, multiprocessors(x))
     native = capability >= NATIVE_E4M3
     kind, _ = scales_of(rows, scale, n, native)
     place = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
-    at_once = min(m, 2)
+    at_once = 1 if m == 1 or rows.narrow else 2
     grid = (triton.cdiv(n, config.bn), split, triton.cdiv(m, at_once))
     vector_kernel[grid](
         x, data.view(torch.uint8), scale, bias, place, m, n, x.stride(0), out.stride(0),

@@ -245,3 +245,22 @@ def test_configurations(kernel, name, card):
 )
 def test_parts_along_k(programs, places, steps, most, parts):
     assert parts_of(programs, places, steps, most) == parts
+
+
+@orders
+@pytest.mark.parametrize("kernel", [matmul, vector], ids=["matmul", "vector"])
+def test_defaults(kernel, name, order, kernel_device):
+    """Nothing given but the operands; native blocks that are not aligned get tiles of their own."""
+    columns = columns_of(name, 1)
+    data = sound_blocks(name, 3, columns)
+    stored = planar.to_planar(name, data) if order == "planar" else data
+    x = strided(2, columns, torch.float16, kernel_device)
+    y = kernel.linear(x, stored.to(kernel_device), Rows(name, columns, order == "planar"))
+    assert_close(y, x, FORMATS[name].unpack(data), None)
+
+
+@pytest.mark.parametrize("name", planar.FIELDS)
+def test_narrow_loads_take_registers(name):
+    assert Rows(name, 256).narrow and not Rows(name, 256, planar=True).narrow
+    wide, narrow = (matmul.default_config((9, 0), name, 512, 3072, 3072, narrow) for narrow in (False, True))
+    assert narrow.warps == 8 >= wide.warps
