@@ -31,14 +31,17 @@ class Step:
 Table = Mapping[str, tuple[Step, ...]]  # by name of the format
 
 FUSED_UP_TO = {(8, 0): 256, (8, 6): 192, (8, 9): 320, (9, 0): 512, (10, 0): 512, (12, 0): 320}  # rows; below: none
+VECTOR_FIRST = 2  # rows: each two of them unpack the weight again, a tile of the fused kernel unpacks it once for 16
+VECTOR_ALONE = 8  # where no fused kernel follows
 
 
 def derived_steps(capability: tuple[int, int]) -> tuple[Step, ...]:
     """For a card that nobody measured: the limits of the newest class that is not newer than it."""
     known = [start for start in FUSED_UP_TO if start <= capability]
     limit = FUSED_UP_TO[max(known)] if known else 0
-    steps = [Step(8, VECTOR), Step(limit, FUSED), Step(None, TWO_PASS)]
-    return tuple(step for step in steps if step.rows != 0)
+    if not limit:
+        return Step(VECTOR_ALONE, VECTOR), Step(None, TWO_PASS)
+    return Step(VECTOR_FIRST, VECTOR), Step(limit, FUSED), Step(None, TWO_PASS)
 
 
 @cache

@@ -54,7 +54,7 @@ def test_two_passes_by_our_kernels(fmt, on_triton):
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q8_0 planar", "q5_1", "fp8", "fp8_rows"])  # all: see test_matmul
-@pytest.mark.parametrize(("rows", "path"), [(1, tables.VECTOR), (8, tables.VECTOR), (17, tables.FUSED)], ids=str)
+@pytest.mark.parametrize(("rows", "path"), [(1, tables.VECTOR), (2, tables.VECTOR), (17, tables.FUSED)], ids=str)
 def test_one_kernel_for_few_rows(name, rows, path, on_triton):
     fmt = EVERY[name]
     parts = [part.to(on_triton) for part in fmt.pack(random(N, K))]
@@ -170,8 +170,10 @@ CARDS = {  # compute capability -> rows of input up to which a fused kernel take
 def test_tables_of_cards_nobody_measured(capability, limit):
     steps = tables.derived_steps(capability)
     assert tables.step_for(steps, 4608).path == tables.TWO_PASS
+    assert tables.step_for(steps, 2).path == tables.VECTOR
     if limit is None:
-        assert tables.FUSED not in {step.path for step in steps}
+        assert [step.path for step in steps] == [tables.VECTOR, tables.TWO_PASS]
+        assert tables.step_for(steps, 8).path == tables.VECTOR
     else:
         assert tables.step_for(steps, limit).path == tables.FUSED
         assert tables.step_for(steps, limit + 1).path == tables.TWO_PASS
