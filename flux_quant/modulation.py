@@ -91,7 +91,7 @@ def evaluate(
 
     `visit` brings one module to the device for the time of its use. Calls of B equal pictures take one row.
     """
-    device = torch.device(device)
+    device = placed(device)
     calls = [together(call) for call in calls]
     sizes = [len(call.timestep) for call in calls]
     vec = steering_vectors(model, calls, device, dtype, visit)
@@ -117,6 +117,11 @@ def steering_vectors(
         for embedder in model.embedders:
             visits.enter_context(visit(embedder, device))
         return model.steering(pooled, timestep.float(), guidance, dtype)
+
+
+def placed(device: torch.device | str) -> torch.device:
+    """As tensors name it: `cuda` is cuda:0, or whichever is current."""
+    return torch.empty(0, device=device).device
 
 
 def together(call: Call) -> Call:
@@ -150,12 +155,13 @@ class HoistedModulation:
         ahead: Callable[[], Sequence[Call]] = tuple,
     ) -> list[Rows]:
         """The modulation of every call, each tensor (B, N). What `ahead` gives is evaluated too if anything must be."""
-        names = [(*key(call), str(torch.device(device)), dtype) for call in calls]
+        device = placed(device)
+        names = [(*key(call), device, dtype) for call in calls]
         if self.stale():
             self.forget()
         if any(name not in self.kept for name in names):
             wanted = dict(zip(names, calls, strict=True))
-            wanted |= {(*key(call), str(torch.device(device)), dtype): call for call in ahead()}
+            wanted |= {(*key(call), device, dtype): call for call in ahead()}
             missing = {name: call for name, call in wanted.items() if name not in self.kept}
             found = evaluate(self.model, list(missing.values()), device, dtype, self.visit)
             self.kept |= dict(zip(missing, found, strict=True))

@@ -59,9 +59,10 @@ def opened(path: Path) -> "Image.Image":
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         reason = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path}: {reason}") from None
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would cut off at 255
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
-    return ImageOps.exif_transpose(picture)
+    return picture
 
 
 def resized(picture: "Image.Image", size: tuple[int, int]) -> "Image.Image":

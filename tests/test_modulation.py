@@ -263,6 +263,26 @@ def test_visiting_and_moving(tiny_flux_file: Path):
     assert {p.device.type for p in (*model.parameters(), *model.buffers()) if p not in left} == {"meta"}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+@torch.no_grad()
+def test_modulation_never_stays_on_the_card(model: Flux, name: str):
+    calls = made_calls(model.config)
+    modulation = HoistedModulation(model)
+    expected = [pair[0] for pair in outputs(model, calls, modulation.rows(calls, "cpu", torch.float32))]
+    parts = hoisted_modules(model)
+    modulation.rows(calls, name, torch.float32)
+    assert {t.device.type for part in parts for t in (*part.parameters(), *part.buffers())} == {"cpu"}
+    move_without_(model, name, parts)
+    rows = modulation.rows(calls, "cuda", torch.float32)
+    assert modulation.evaluations == 2, "cuda and cuda:0 are one"
+    for call, row, out in zip(calls, rows, expected, strict=True):
+        x = {name: value.cuda() for name, value in picture_inputs(model.config, len(call.timestep)).items()}
+        found = model(pooled=None, timestep=None, steering=row, **x).cpu()
+        assert (found - out).norm() < 2e-3 * out.norm()  # matrix products may use TF32
+    model.to("cpu")
+
+
 def test_pipelines_of_diffusers_evaluate_once_per_prompt():
     pipe = load_pipeline(find_components(BUNDLED))
     modulation = pipe.transformer.modulation

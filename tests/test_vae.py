@@ -238,3 +238,24 @@ def test_free_ram_knows_containers(tmp_path: Path):
     (tmp_path / "memory.max").write_text("500000000")
     assert vae.free_ram(tmp_path) == 200_000_000
     assert vae.free_memory("cpu") > 0 and vae.free_memory("meta") is None
+
+
+@pytest.mark.gpu
+def test_decoding_keeps_to_the_memory_that_is_left(bundled):
+    """The bundled VAE under a cap that holds a quarter of the plane: smaller tiles, no error, nearly the same."""
+    torch.cuda.empty_cache()
+    model, z = bundled.to("cuda"), torch.randn(1, 16, 128, 128, generator=torch.Generator().manual_seed(0))
+    torch.cuda.reset_peak_memory_stats()
+    whole = decode(model, z)
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    cap = before + (peak - torch.cuda.memory_allocated()) // 2
+    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.warns(UserWarning, match="VAE: no memory for one piece"):
+            capped = decode(model, z)  # as if all memory were free: it fails, and shrinks
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        bundled.to("cpu")
+    assert psnr(capped, whole) > 25
