@@ -13,12 +13,19 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from kernel_budgets import table
-from kernel_cases import CASES
+from kernel_budgets import Result, table
+from kernel_cases import CASES, Case
+
+if TYPE_CHECKING:
+    from sass import Launch, Report
+
+WARP = 32  # threads
+SHARE = 40  # cases that a process compiles
 
 
-def measure(name: str) -> list[dict[str, object]]:
+def measure(name: str) -> list[Result]:
     """What was compiled for a case: a flat record per launch, or one with the `error`."""
     import triton
 
@@ -26,34 +33,52 @@ def measure(name: str) -> list[dict[str, object]]:
 
     case, start = CASES[name], time.perf_counter()
     about = dict(name=name, label=name, family=case.family, what=case.what, cc=case.cc, triton=triton.__version__)
-    about |= dict(wide=case.wide, mma=case.mma)
     try:
         with sass.recording(case.cc) as launches:
             case.run()
     except Exception as error:  # whatever the compiler raises is the result
         return [about | dict(error=f"{type(error).__name__}: {error}"[:2000])]
-    results = []
-    for launch in launches:
-        try:
-            seen = sass.examine(launch.cubin)
-        except sass.Unreadable as error:
-            results.append(about | dict(unreadable=str(error)))
-            continue
-        weights = case.weights(launch, seen.loop)
-        tile = "x".join(str(launch.arguments[key]) for key in case.shown)
-        label = f"{name} {tile} w{launch.threads // sass.WARP}" if tile else name
-        sizes = dict(threads=launch.threads, shared_bytes=launch.shared_bytes, weights=weights)
-        rates = dict(per_weight=seen.instructions, slow=seen.conversions)
-        rates = {key: count * launch.threads / weights for key, count in rates.items()}
-        aim = case.aim(launch) if callable(case.aim) else case.aim
-        results.append(about | dict(label=label, kernel=launch.kernel, aim=aim) | sizes | vars(seen) | rates)
-        results[-1]["seconds"], start = time.perf_counter() - start, time.perf_counter()
-    return results
+    try:
+        results = [about | judged(case, launch, sass.examine(launch.cubin)) for launch in launches]
+    except sass.Unreadable as error:
+        return [about | dict(unreadable=str(error))]
+    return [result | dict(seconds=(time.perf_counter() - start) / len(results)) for result in results]
 
 
-def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, object]]:
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for results in pool.imap(measure, names):
+def judged(case: Case, launch: "Launch", seen: "Report") -> Result:
+    """What there is in a launch, and what it is held to."""
+    weights = case.weights(launch, seen.loop)
+    sizes = dict(kernel=launch.kernel, threads=launch.threads, shared_bytes=launch.shared_bytes, weights=weights)
+    if weights is None:
+        return dict(label=f"{case.name} {launch.kernel}", aim=None, wide=0, mma="") | sizes | vars(seen)
+    tile = "x".join(str(launch.arguments[key]) for key in case.shown)
+    return dict(
+        label=f"{case.name} {tile} w{launch.threads // WARP}" if tile else case.name,
+        aim=case.aim(launch) if callable(case.aim) else case.aim,
+        wide=case.wide,
+        mma=case.mma,
+        per_weight=seen.instructions * launch.threads / weights,
+        slow=seen.conversions * launch.threads / weights,
+        **sizes,
+        **vars(seen),
+    )
+
+
+def measure_share(names: list[str]) -> list[Result]:
+    """In a process of its own: Triton compiles e4m3 for the architecture that a process has asked for first, and only
+    for that. It also prints the code that ptxas refuses, which must not come between our results."""
+    sys.stdout = sys.stderr
+    return [result for name in names for result in measure(name)]
+
+
+def measure_all(names: list[str], jobs: int) -> Iterator[Result]:
+    """By architecture, in shares that keep all jobs busy."""
+    shares = []
+    for cc in sorted({CASES[name].cc for name in names}):
+        same = [name for name in names if CASES[name].cc == cc]
+        shares += [same[start : start + SHARE] for start in range(0, len(same), SHARE)]
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        for results in pool.imap(measure_share, shares, chunksize=1):
             yield from results
 
 
@@ -65,7 +90,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args()
     words = [f" {word} " for word in options.words]
-    names = sys.stdin.read().splitlines() if options.stdin else CASES
+    names = sys.stdin.read().splitlines() if options.stdin else list(CASES)
     names = [name for name in names if all(word in f" {name} " for word in words)]
     results = []
     for result in measure_all(names, min(options.jobs, len(names) or 1)):
@@ -73,7 +98,7 @@ def main() -> None:
         if not options.table:
             print(json.dumps(result), flush=True)
     if options.table:
-        print(table(results))
+        print(table(sorted(results, key=lambda result: names.index(result["name"]))))
 
 
 if __name__ == "__main__":

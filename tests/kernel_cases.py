@@ -8,6 +8,8 @@ interpreter mode, in which nothing can be compiled.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -28,8 +30,10 @@ PACKED = [  # as weights lie on a GPU
     IN_MEMORY["fp8_rows"],
 ]
 EVERY = (61, 75, 80, 86, 89, 90, 120)  # compute capabilities: GTX 10, RTX 20, A100, RTX 30, RTX 40, H100, RTX 50
-PER_BYTE = 7  # thread-instructions that an H200 can issue while its memory moves a byte; every other card more
 UNPACKING = 10  # thread-instructions per weight at which an H200 is still limited by its memory, half of what it has
+# Thread-instructions that a card can issue while its memory moves a byte: RTX 2060, A100, 3060, 4070, H200, 5090.
+ISSUE = {75: 11, 80: 14, 86: 20, 89: 32, 90: 7, 120: 33}
+FUSED = {80: 8, 86: 8, 89: 8, 90: 5, 120: 8}  # of which a Hopper's faster tensor cores leave less
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Case:
     what: str
     cc: int
     run: Callable[[], object]  # launches one kernel or more
-    weights: Callable[[Any, bool], float]  # (or elements) that the counted instructions handle
+    weights: Callable[
+        [Any, bool], float | None
+    ]  # (or elements) the counted instructions handle; None: a helper's launch
     aim: float | Callable[[Any], float] | None = None  # thread-instructions per weight
     wide: float = 0  # bytes per weight that must come in loads of 64 bits or more
     mma: str = ""  # pattern of the matrix instruction that must be there
@@ -150,22 +156,66 @@ def weight_tile(launch: Any, loop: bool) -> int:
 
 
 def eight_bit_cases() -> Iterator[Case]:
+    tile = ("BM", "BN", "BK")
     for cc in EVERY[1:]:
-        for fmt in filter(in_blocks, PACKED):
-            aim = PER_BYTE * (fmt.bits_per_weight / 8 + 1)
+        for fmt in filter(in_blocks, PACKED if cc in (75, 86, 90, 120) else ()):
+            aim = ISSUE[90] * (fmt.bits_per_weight / 8 + 1)
             yield Case("expand8", fmt.name, cc, partial(expand, fmt), share_of_program, aim, wide_bytes(fmt))
         for what in ["int8"] + ["row", "tensor"] * (cc >= 89):
             for channels in (3072, 15360):
                 run = partial(quantize_rows, what, channels, cc)
                 share = partial(share_of_program, elements=N * channels)
-                yield Case("rows8", f"{what} {channels}", cc, run, share, 3 * PER_BYTE, wide=2)
+                yield Case("rows8", f"{what} {channels}", cc, run, share, 3 * ISSUE[90], wide=2)
         share = partial(share_of_program, elements=M * N)
-        yield Case("int8", "epilogue", cc, partial(int8_epilogue, cc), share, 6 * PER_BYTE, wide=4)
+        yield Case("int8", "epilogue", cc, partial(int8_epilogue, cc), share, 6 * ISSUE[90], wide=4)
         if cc >= 80:
-            product = partial(int8_product, cc)
-            yield Case("int8", "product", cc, product, weight_tile, int8_aim, 1, "IG?MMA", ("BM", "BN", "BK"))
+            run = partial(int8_product, cc)
+            yield Case("int8", "product", cc, run, weight_tile, int8_aim, 1, "IG?MMA", tile)
     # The loop over K holds the code between two tiles too: no budget for it.
-    yield Case("int8", "tma", 90, int8_product_tma, weight_tile, mma="IGMMA", shown=("BM", "BN", "BK"))
+    yield Case("int8", "tma", 90, int8_product_tma, weight_tile, mma="IGMMA", shown=tile)
+
+
+def linear(module: str, fmt: QuantFormat, m: int, cc: int, every: bool = False) -> None:
+    """A linear layer for m rows of input with the default configuration, or with every one that a tuner would try."""
+    kernel, planes = import_module(f"flux_quant.kernels.{module}"), import_module("flux_quant.kernels.planes")
+    path = import_module("flux_quant.kernels.triton_path")
+    data, *scales = weight(fmt)
+    rows = path.kernel_rows(fmt, K) if in_blocks(fmt) else planes.Rows("fp8", K)
+    capability, x, bias = divmod(cc, 10), meta(m, K, dtype=float_of(cc)), meta(N, dtype=float_of(cc))
+    for config in kernel.candidates(capability, rows.name, m, N, K) if every else [None]:
+        kernel.linear(x, data, rows, bias, config, scale=scales[0] if scales else None)
+
+
+def fused_step(launch: Any, loop: bool) -> int | None:
+    """Weights of a step along K. The kernel that adds the parts of a sum that was split has none."""
+    arguments = launch.arguments
+    return arguments["BN"] * arguments["T"] * arguments["R"].layout.block if "R" in arguments else None
+
+
+def vector_step(launch: Any, loop: bool) -> int | None:
+    arguments = launch.arguments
+    return arguments["BN"] * arguments["WARPS"] * 256 if "R" in arguments else None
+
+
+def fused_cases() -> Iterator[Case]:
+    """Every format on every card with its defaults; few rows, and all that a tuner tries, where the code differs."""
+    tile = ("BM", "BN", "T")
+    for fmt, cc in product(PACKED, EVERY[2:]):
+        for m in (16, 512) if cc == 86 else (512,):
+            run, mma = partial(linear, "matmul", fmt, m, cc), "HGMMA" if cc == 90 and m > 64 else "HMMA"
+            yield Case("fused", f"{fmt.name} M{m}", cc, run, fused_step, FUSED[cc], wide_bytes(fmt), mma, tile)
+    for name, cc in product(("q4_k", "q8_0 planar"), (86, 90)):
+        fmt = IN_MEMORY.get(name) or FORMATS[name]
+        run = partial(linear, "matmul", fmt, 512, cc, every=True)
+        yield Case("fused", f"{name} tiles", cc, run, fused_step, FUSED[cc], wide_bytes(fmt), "HG?MMA", tile)
+
+
+def vector_cases() -> Iterator[Case]:
+    for fmt, cc in product(PACKED, EVERY[1:]):
+        aim = ISSUE[cc] * fmt.bits_per_weight / 8
+        for m in (1, 2) if cc in (75, 86) else (1,):
+            run = partial(linear, "vector", fmt, m, cc)
+            yield Case("vector", f"{fmt.name} M{m}", cc, run, vector_step, aim, wide_bytes(fmt), shown=("BN",))
 
 
 def modulated_norm(cc: int) -> None:
@@ -220,14 +270,14 @@ def heads_tile(launch: Any, loop: bool) -> int:
 def pointwise_cases() -> Iterator[Case]:
     for cc in EVERY[1:]:
         row = partial(share_of_program, elements=M * K)
-        yield Case("pointwise", "modulated_norm", cc, partial(modulated_norm, cc), row, 4 * PER_BYTE, wide=2)
-        yield Case("pointwise", "heads", cc, partial(heads, cc, False), heads_tile, 4 * PER_BYTE, wide=2)
-        yield Case("pointwise", "heads_and_v", cc, partial(heads, cc, True), heads_tile, 4 * PER_BYTE, wide=2)
+        yield Case("pointwise", "modulated_norm", cc, partial(modulated_norm, cc), row, 4 * ISSUE[90], wide=2)
+        yield Case("pointwise", "heads", cc, partial(heads, cc, False), heads_tile, 4 * ISSUE[90], wide=2)
+        yield Case("pointwise", "heads_and_v", cc, partial(heads, cc, True), heads_tile, 4 * ISSUE[90], wide=2)
         mlp = partial(share_of_program, elements=4 * M * K)
-        yield Case("pointwise", "gelu", cc, partial(gelu, cc), mlp, 4 * PER_BYTE, wide=2)
+        yield Case("pointwise", "gelu", cc, partial(gelu, cc), mlp, 4 * ISSUE[90], wide=2)
         both = partial(share_of_program, elements=5 * M * K)
-        yield Case("pointwise", "beside_gelu", cc, partial(beside_gelu, cc), both, 4 * PER_BYTE, wide=2)
-        yield Case("pointwise", "gated_sum", cc, partial(gated_sum, cc), row, 6 * PER_BYTE, wide=4)
+        yield Case("pointwise", "beside_gelu", cc, partial(beside_gelu, cc), both, 4 * ISSUE[90], wide=2)
+        yield Case("pointwise", "gated_sum", cc, partial(gated_sum, cc), row, 6 * ISSUE[90], wide=4)
 
 
 def example(name: str, cc: int) -> None:
@@ -243,5 +293,5 @@ def example_cases() -> Iterator[Case]:
             yield Case("example", name, cc, partial(example, name, cc), share_of_program)
 
 
-FAMILIES = (example_cases, dequant_cases, eight_bit_cases, pointwise_cases)
+FAMILIES = (example_cases, dequant_cases, eight_bit_cases, pointwise_cases, fused_cases, vector_cases)
 CASES = {case.name: case for cases in FAMILIES for case in cases()}

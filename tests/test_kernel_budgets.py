@@ -18,7 +18,10 @@ from kernel_cases import CASES
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = [name for name, case in CASES.items() if case.family != "example"]
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: nothing can be compiled")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: nothing can be compiled"),
+    pytest.mark.slow,  # three minutes on two cores, one when nothing has changed
+]
 
 
 @pytest.fixture(scope="module")
