@@ -25,7 +25,7 @@ from flux_quant.prompts import Prompt, parse
 from flux_quant.tokenizers import load_tokenizer, longest, tokenizer_folder, tokens
 
 LONGEST = 512  # tokens of T5; a tokenizer may have been made for fewer
-CLIP_LENGTH = 77  # tokens, begin and end among them
+CLIP_LENGTH = 77  # tokens, begin and end among them; what follows is T5's alone
 VERSION = 1  # of the encodings: another number where the same prompt gives other values
 
 
@@ -36,7 +36,7 @@ class TextOptions:
     pad_to: int | None = None  # tokens of T5; None is what model and tokenizer were made for
     placement: Placement = Placement()
     cache: PromptCache | None = None
-    loras: tuple[tuple[str, float], ...] = ()  # of the encoders: what identifies each, and its strength
+    loras: tuple[tuple[str, float], ...] = ()  # (identity, strength) of what `attach` added: for the key alone
 
     def __post_init__(self) -> None:
         if self.pad_to is not None and self.pad_to < 1:
