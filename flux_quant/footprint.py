@@ -14,7 +14,7 @@ from math import prod
 
 from flux_quant.arch import FluxConfig, block_of, running_order
 from flux_quant.errors import UserError
-from flux_quant.formats import FORMATS, Shape
+from flux_quant.formats import Shape, format_named
 
 Tensors = Mapping[str, tuple[Shape, str]]  # canonical name -> unpacked shape, name of the format
 
@@ -133,7 +133,7 @@ def block_from(name: str, tensors: Tensors) -> Block:
     for shape, fmt in own.values():
         if len(shape) > 1:
             values, nbytes = packed.get(fmt, (0, 0))
-            packed[fmt] = values + prod(shape), nbytes + FORMATS[fmt].nbytes(shape)
+            packed[fmt] = values + prod(shape), nbytes + format_named(fmt).nbytes(shape)
     weights = sum(values for values, _ in packed.values())
     return Block(name, buffer_bytes(own), buffer_bytes(tensors) - buffer_bytes(own), weights, packed)
 
@@ -148,7 +148,7 @@ def buffer_bytes(tensors: Tensors) -> int:
 
 
 def stored_bytes(shape: Shape, fmt: str) -> int:
-    return FORMATS[fmt].nbytes(shape) if len(shape) > 1 else 4 * prod(shape)
+    return format_named(fmt).nbytes(shape) if len(shape) > 1 else 4 * prod(shape)
 
 
 # --- Activations ------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def grow(plan: Plan, room: int, why: str) -> tuple[Plan, tuple[str, ...]]:
     if not more:
         return plan, ()
     reason = f"{why}: {names_of(stream, more)} stay as well"
-    return changed(plan, replace(stream, resident=stream.resident | set(more)), reason), (reason,)
+    return changed(plan, with_residents(stream, stream.resident | set(more)), reason), (reason,)
 
 
 def shed(plan: Plan, nbytes: int, why: str) -> tuple[Plan, tuple[str, ...]]:
@@ -253,7 +253,7 @@ def shed(plan: Plan, nbytes: int, why: str) -> tuple[Plan, tuple[str, ...]]:
             freed += stream.sizes[i]
     if freed >= nbytes:
         reason = f"{why}: {names_of(stream, fewer)} stream from now on"
-        return changed(plan, replace(stream, resident=stream.resident - set(fewer)), reason), (reason,)
+        return changed(plan, with_residents(stream, stream.resident - set(fewer)), reason), (reason,)
     room = stream.device_bytes - nbytes
     if room < plan.model.largest:
         return plan, (f"{why}: nothing is left to give up, one slot for {amount(plan.model.largest)} has to remain",)
@@ -261,6 +261,13 @@ def shed(plan: Plan, nbytes: int, why: str) -> tuple[Plan, tuple[str, ...]]:
     slots = ", ".join(f"{ring.slots} slots of {amount(ring.slot_bytes)}" for ring in other.rings)
     reason = f"{why}: {len(other.resident)} instead of {len(stream.resident)} blocks stay, {slots}"
     return changed(plan, other, reason), (reason,)
+
+
+def with_residents(stream: StreamPlan, resident: frozenset[int]) -> StreamPlan:
+    """The same with other residents; slots that no block passes through any more are given up."""
+    left = [size for i, size in enumerate(stream.sizes) if i not in resident]
+    used = {min((ring.slot_bytes for ring in stream.rings if ring.slot_bytes >= size), default=0) for size in left}
+    return replace(stream, resident=resident, rings=tuple(ring for ring in stream.rings if ring.slot_bytes in used))
 
 
 def names_of(stream: StreamPlan, blocks: Sequence[int]) -> str:

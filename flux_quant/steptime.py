@@ -18,6 +18,10 @@ from flux_quant.streaming.memory import RESERVE, SHARE
 
 LAUNCH = 3e-6  # seconds of a kernel that unpacks a weight
 UNITS = {True: (24, 19), False: (110, 103)}  # pointwise bytes of a double and a single block, see `kernels.fused`
+AS_STORED = {  # formats that 8-bit products multiply as they lie
+    "fp8": {"fp8", "fp8_plain", "fp8 as fp8", "fp8_plain as fp8", "fp8_rows as fp8"},
+    "int8": {"int8_rows"},
+}
 PASSES = 4  # until the steady state; the last one counts
 
 
@@ -65,7 +69,7 @@ def block_seconds(block: Block, model: Model, work: Work, machine: Machine) -> f
 def unpack_bytes(block: Block, work: Work, machine: Machine) -> float:
     """Read and written by the pass that unpacks; for 8-bit products one byte per weight is written."""
     values, nbytes = block.unpacked(machine.dtype)
-    if work.compute == "fp8" and set(block.packed) <= {"fp8", "fp8_plain"}:
+    if work.compute != "float" and set(block.packed) <= AS_STORED[work.compute]:
         return 0
     width = 1 if work.compute != "float" else 4 if machine.dtype == "fp32" else 2
     return nbytes + width * values + LAUNCH * machine.bandwidth * (8 if block.is_double else 2) * bool(values)

@@ -31,7 +31,7 @@ LAYERS = (
     {"components", "encoders", "latents", "pictures", "request"},
     {"text"},
     {"pipeline"},
-    {"calibration", "doctor"},
+    {"calibration", "doctor", "runtime"},
     {"console", "options"},
     {"frontends"},
     {"benchmarks", "cli_generate", "cli_runtime"},

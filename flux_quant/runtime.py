@@ -1,0 +1,199 @@
+"""Carries out a plan: blocks on the device as it says, revised as the steps show how it goes, less if memory runs out.
+
+    with Residence(model, plan, "cuda", log=print) as residence:
+        tokens = residence.run(lambda: denoise(model, ..., callback=residence.after_step))
+
+Lack of memory costs a rung of a ladder, each said once: fewer residents, then smaller rings; what does not fit even so
+is an error that says the minimum. What happened is in `residence.metrics()`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from flux_quant import planner
+from flux_quant.errors import UserError
+from flux_quant.footprint import CONTEXT, Model
+from flux_quant.linear import QuantLinear
+from flux_quant.memory import amount
+from flux_quant.modulation import hoisted_modules
+from flux_quant.planner import Plan, Seen
+from flux_quant.streaming import BlockStreamer, block_bytes
+from flux_quant.streaming.device import StreamDevice
+
+RUNGS = 8  # of the ladder, at most
+GIVEN_UP, MOST_GIVEN_UP = 0.1, 0.5  # of what the blocks take on the device: at the first rung, then twice as much
+
+Log = Callable[[str], None]
+T = TypeVar("T")
+
+
+class Readings(Protocol):
+    """What the device says of its memory, in bytes."""
+
+    def free(self) -> int: ...
+
+    def held(self) -> int:
+        """By this process at most since the last `forget`, CUDA's own part included."""
+        ...
+
+    def forget(self) -> None: ...
+
+
+class CudaReadings:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def held(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) + CONTEXT
+
+    def forget(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+@dataclass
+class Residence:
+    """The blocks of a model on a device that may be too small for them."""
+
+    model: nn.Module
+    plan: Plan
+    device: torch.device | str | StreamDevice
+    ram_budget: int | None = None
+    log: Log = lambda line: None
+    readings: Readings | None = None
+    changes: list[str] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.readings is None:
+            self.readings = CudaReadings(torch.device(self.device))
+        self.last = 0.0
+
+    def __enter__(self) -> "Residence":
+        self.plan = fitted(self.plan, self.model)
+        self.streamer = self.climb(
+            lambda: BlockStreamer(
+                self.model,
+                self.plan.stream,
+                self.device,
+                self.ram_budget,
+                exclude=hoisted_globs(self.model),
+            )
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.streamer.detach()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """work(), from the beginning again with a smaller plan each time that memory runs out."""
+
+        def attempt() -> T:
+            self.streamer.replan(self.plan.stream)
+            self.step_seconds.clear()
+            self.last = time.perf_counter()
+            return work()
+
+        return self.climb(attempt)
+
+    def climb(self, attempt: Callable[[], T]) -> T:
+        for rung in range(RUNGS):
+            try:
+                return attempt()
+            except torch.OutOfMemoryError:
+                share = min(MOST_GIVEN_UP, GIVEN_UP * 2**rung)
+                nbytes = int(share * self.plan.stream.device_bytes) + 1
+                smaller, reasons = planner.shed(self.plan, nbytes, "out of memory")
+                if smaller.stream == self.plan.stream:
+                    break
+            self.readings.forget()
+            self.follow(smaller, reasons)
+        least = self.plan.model.largest
+        raise UserError(
+            f"out of GPU memory with {amount(self.plan.stream.device_bytes)} of blocks on the device (one block is "
+            f"{amount(least)}); a smaller picture, a smaller batch or a format of fewer bits needs less"
+        )
+
+    def after_step(self, state: object = None) -> None:
+        """Between two steps: the plan is changed if the last one waited for copies, or memory is short."""
+        now = time.perf_counter()
+        self.step_seconds.append(now - self.last)
+        metrics = self.streamer.metrics()
+        seen = Seen(
+            step=self.step_seconds[-1],
+            stall=metrics.stall if metrics.passes else 0.0,
+            free=self.readings.free(),
+            peak=self.readings.held(),
+            usual=statistics.median(self.step_seconds),
+        )
+        changed, reasons = planner.replan(self.plan, seen)
+        if changed.stream != self.plan.stream:
+            self.streamer.replan(changed.stream)
+            self.readings.forget()
+        self.follow(changed, reasons)
+        self.last = time.perf_counter()
+
+    def follow(self, plan: Plan, reasons: tuple[str, ...]) -> None:
+        self.plan = plan
+        for reason in reasons:
+            if reason not in self.changes:
+                self.changes.append(reason)
+                self.log(reason)
+
+    def metrics(self) -> dict[str, object]:
+        """What streaming cost, what was predicted, and what was changed on the way."""
+        seen = self.streamer.metrics()
+        return asdict(seen) | {
+            "stall": seen.stall,
+            "bytes_per_second": seen.bytes_per_second,
+            "predicted_step_seconds": self.plan.step,
+            "predicted_peak": self.plan.peak,
+            "step_seconds": list(self.step_seconds),
+            "held": self.readings.held(),
+            "changes": list(self.changes),
+        }
+
+
+def fitted(plan: Plan, model: nn.Module) -> Plan:
+    """The plan with the blocks' sizes as they are to the byte, and slots that hold them."""
+    stream = plan.stream
+    sizes, _ = block_bytes(model, stream.names, exclude=hoisted_globs(model))
+    if sizes == stream.sizes:
+        return plan
+    rings = (
+        replace(ring, slot_bytes=max(sizes[i] for i in stream.blocks_of(number)))
+        for number, ring in enumerate(stream.rings)
+    )
+    return replace(plan, stream=replace(stream, sizes=sizes, rings=tuple(rings)))
+
+
+def hoisted_globs(model: nn.Module) -> list[str]:
+    """Names of the tensors that are needed before the first step only, as `BlockStreamer` leaves them out."""
+    hoisted = {id(module) for module in hoisted_modules(model)}
+    return [f"{name}.*" for name, module in model.named_modules() if id(module) in hoisted]
+
+
+def sizes_of(model: nn.Module) -> Model:
+    """What a plan needs to know of an engine as it is now: repacked, or with other formats for 8-bit compute."""
+    tensors = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            tensors[f"{path}.weight"] = (layer.out_features, layer.in_features), layer.fmt.name
+        for name, tensor in layer.named_parameters(recurse=False):
+            tensors[f"{path}.{name}" if path else name] = tuple(tensor.shape), PLAIN[tensor.dtype]
+    return Model.of(tensors)
+
+
+PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
