@@ -9,6 +9,7 @@ The starting noise is that of diffusers' FluxPipeline with a CPU generator of th
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -149,7 +150,12 @@ def on_disk(saved: Latents, files: LatentFiles) -> Iterator[None]:
     if path is None:
         yield
         return
-    save_latents(path, saved, files.force and path == files.keep)
+    try:
+        save_latents(path, saved, files.force and path == files.keep)
+    except (UserError, OSError) as error:  # no reason to lose the picture as well
+        warnings.warn(f"the latents were not saved: {error}", stacklevel=2)
+        yield
+        return
     try:
         yield
     except (UserError, RuntimeError, MemoryError) as error:

@@ -78,8 +78,14 @@ class Request:
         if self.image is None:
             return levels(self.steps)
         if self.denoise is not None:
-            return from_denoise(levels, self.steps, self.denoise)
-        return from_strength(levels(self.steps), STRENGTH if self.strength is None else self.strength)
+            chosen = from_denoise(levels, self.steps, self.denoise)
+        else:
+            chosen = from_strength(levels(self.steps), STRENGTH if self.strength is None else self.strength)
+        if chosen[0] == 1 and self.mask is None:
+            warnings.warn(
+                f"{self.image} is not seen: its change takes all {self.steps} steps, from noise", stacklevel=2
+            )
+        return chosen
 
     def settings(self) -> dict[str, object]:
         """For JSON, of one picture (`seed`); what was not used is left out."""

@@ -130,6 +130,13 @@ def test_a_failed_decode_keeps_the_latents(folder: Path, monkeypatch, capsys: py
     assert np.array_equal(pixels("b.png"), pixels("right.png"))
 
 
+def test_a_full_disk_does_not_cost_the_picture(folder: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(pipeline, "save_latents", fail_with(UserError("no space for a.latent.safetensors")))
+    assert main([*GENERATE, *SMALL, "-o", "a.png"]) == 0
+    assert capsys.readouterr().err == "warning: the latents were not saved: no space for a.latent.safetensors\n"
+    assert Image.open("a.png").size == (96, 80)
+
+
 def fail_with(error: BaseException):
     def fail(*_: object) -> None:
         raise error

@@ -263,6 +263,23 @@ def test_visiting_and_moving(tiny_flux_file: Path):
     assert {p.device.type for p in (*model.parameters(), *model.buffers()) if p not in left} == {"meta"}
 
 
+@torch.no_grad()
+def test_compiled_once_for_all_steps(plain: Flux):
+    calls = made_calls(plain.config)
+    rows = HoistedModulation(plain).rows(calls, "cpu", torch.float32)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, x = torch.compile(plain, backend=backend, fullgraph=True), picture_inputs(plain.config, 2)
+    for row in rows:
+        expected = plain(pooled=None, timestep=None, steering=row, **x)
+        assert torch.equal(compiled(pooled=None, timestep=None, steering=row, **x), expected)
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 @torch.no_grad()

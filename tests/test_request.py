@@ -48,6 +48,15 @@ def test_levels_of_a_request():
     assert kept == noise_levels("euler", 20, 512, guided=True)[10:]
 
 
+def test_a_picture_that_drowns_in_noise_is_reported():
+    for changes in (dict(strength=1.0), dict(strength=0.9), dict(denoise=1.0)):
+        with pytest.warns(UserWarning, match="given.png is not seen: its change takes all 4 steps"):
+            Request("a fox", steps=4, image=IMAGE, **changes).levels(guided=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Request("a fox", steps=4, image=IMAGE, strength=1.0, mask=Path("m.png")).levels(guided=True)
+
+
 def test_settings_hold_what_was_used():
     assert set(Request("a fox").settings()) == {"prompt", "prompt_t5", "steps", "guidance", "seed", "size"}
     full = Request("a fox", scheduler="beta", seeds=(1, 2), negative="", cfg=2.0, image=IMAGE, denoise=0.4)
