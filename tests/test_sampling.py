@@ -78,7 +78,7 @@ def drawing_for(
     """As `generate` makes it; a picture makes it img2img."""
     given = None
     if picture is not None:
-        changes = {"image": "given", **changes}
+        changes = {"image": "given", "mask": None if mask is None else "given", **changes}
         given = Given(picture, encode_picture(load_vae(find_components(BUNDLED).vae), picture), mask)
     request = Request(PROMPT, **{"steps": 4, "guidance": 2.5, "seed": 4, "size": SIZE, **changes})
     texts = features if request.negative is not None else features[:1]
