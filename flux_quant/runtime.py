@@ -1,6 +1,8 @@
 """Carries out a plan: blocks on the device as it says, revised as the steps show how it goes, less if memory runs out.
 
-    with Residence(model, plan, "cuda", log=print) as residence:
+    memory = Memory.of(torch.device("cuda"), vram="8GB")
+    plan = memory.plan(sizes_of(model), Work(size=(1024, 1024)), encoder)
+    with memory.capped(), Residence(model, plan, memory) as residence:
         tokens = residence.run(lambda: denoise(model, ..., callback=residence.after_step))
 
 Lack of memory costs a rung of a ladder, each said once: fewer residents, then smaller rings; what does not fit even so
@@ -8,8 +10,10 @@ is an error that says the minimum. What happened is in `residence.metrics()`.
 """
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -18,13 +22,16 @@ import torch
 from torch import nn
 
 from flux_quant import planner
+from flux_quant.doctor import diagnose, machine_of
 from flux_quant.errors import UserError
-from flux_quant.footprint import CONTEXT, Model
+from flux_quant.footprint import CONTEXT, Model, TextEncoder, Work
+from flux_quant.gpus import Machine
 from flux_quant.linear import QuantLinear
-from flux_quant.memory import amount
+from flux_quant.memory import Budget, amount, parse_amount
 from flux_quant.modulation import hoisted_modules
 from flux_quant.planner import Plan, Seen
-from flux_quant.streaming import BlockStreamer, block_bytes
+from flux_quant.steptime import Host
+from flux_quant.streaming import BlockStreamer, StreamPlan, block_bytes, pin_budget, rings_for
 from flux_quant.streaming.device import StreamDevice
 
 RUNGS = 8  # of the ladder, at most
@@ -38,6 +45,10 @@ class Readings(Protocol):
     """What the device says of its memory, in bytes."""
 
     def free(self) -> int: ...
+
+    def now(self) -> int:
+        """Held by this process, CUDA's own part included."""
+        ...
 
     def held(self) -> int:
         """By this process at most since the last `forget`, CUDA's own part included."""
@@ -53,6 +64,9 @@ class CudaReadings:
     def free(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def now(self) -> int:
+        return torch.cuda.memory_reserved(self.device) + CONTEXT
+
     def held(self) -> int:
         return torch.cuda.max_memory_reserved(self.device) + CONTEXT
 
@@ -62,22 +76,75 @@ class CudaReadings:
 
 
 @dataclass
+class Memory:
+    """A device, what may be taken there and of RAM, and what plans for it go by."""
+
+    device: torch.device | StreamDevice
+    machine: Machine
+    budget: Budget
+    host: Host
+    readings: Readings
+    ram_budget: int | None = None  # bytes to pin; None: as many as suit the machine
+    log: Log = lambda line: None
+
+    @classmethod
+    def of(cls, device: torch.device, vram: str | None = None, ram: str | None = None, log: Log = print) -> "Memory":
+        """Of a CUDA device; its rates are measured at the first time and kept (`doctor`).
+
+        vram: the most to take there, "8GB" (what is free, less a reserve, if None). ram: the most RAM for weights.
+        """
+        report = diagnose()
+        machine = machine_of(report)
+        budget = Budget.of(vram, machine.usable, "free memory of this GPU")
+        pinned = min(pin_budget(), parse_amount(ram, "RAM budget")) if ram else None
+        host = Host.of(report.ram, sys.platform == "win32")
+        if pinned is not None:
+            host = replace(host, pinned=pinned, pageable=max(0, parse_amount(ram, "RAM budget") - pinned))
+        return cls(device, machine, budget, host, CudaReadings(device), pinned, log)
+
+    def plan(self, model: Model, work: Work, encoder: TextEncoder) -> Plan:
+        """UserError with the minimum, and what would lower it, if the work does not fit."""
+        return planner.plan(model, work, self.machine, self.budget, encoder, self.host)
+
+    @contextmanager
+    def capped(self) -> Iterator[None]:
+        """Within it torch takes no more than the budget: rather an error that can be handled than a spill."""
+        if not isinstance(self.device, torch.device):
+            yield
+            return
+        share = (self.budget.nbytes - CONTEXT) / torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    @property
+    def free(self) -> int:
+        """Bytes that a phase may still take."""
+        return max(0, min(self.readings.free(), self.budget.nbytes - self.readings.now()))
+
+    @contextmanager
+    def streaming(self, blocks: nn.ModuleList, device: object = None) -> Iterator[None]:
+        """The blocks of an encoder pass through two slots, one after the other."""
+        names = [str(i) for i in range(len(blocks))]
+        sizes, _ = block_bytes(blocks, names)
+        plan = StreamPlan(names, sizes, frozenset(), rings_for(sizes))
+        with BlockStreamer(blocks, plan, self.device, self.ram_budget):
+            yield
+
+
+@dataclass
 class Residence:
     """The blocks of a model on a device that may be too small for them."""
 
     model: nn.Module
     plan: Plan
-    device: torch.device | str | StreamDevice
-    ram_budget: int | None = None
-    log: Log = lambda line: None
-    readings: Readings | None = None
+    memory: Memory
     changes: list[str] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if self.readings is None:
-            self.readings = CudaReadings(torch.device(self.device))
-        self.last = 0.0
+    last: float = 0.0  # when the last step ended
 
     def __enter__(self) -> "Residence":
         self.plan = fitted(self.plan, self.model)
@@ -85,8 +152,8 @@ class Residence:
             lambda: BlockStreamer(
                 self.model,
                 self.plan.stream,
-                self.device,
-                self.ram_budget,
+                self.memory.device,
+                self.memory.ram_budget,
                 exclude=hoisted_globs(self.model),
             )
         )
@@ -118,7 +185,7 @@ class Residence:
                 smaller, reasons = planner.shed(self.plan, nbytes, "out of memory")
                 if smaller.stream == self.plan.stream:
                     break
-            self.readings.forget()
+            self.memory.readings.forget()
             self.follow(smaller, reasons)
         least = self.plan.model.largest
         raise UserError(
@@ -134,14 +201,14 @@ class Residence:
         seen = Seen(
             step=self.step_seconds[-1],
             stall=metrics.stall if metrics.passes else 0.0,
-            free=self.readings.free(),
-            peak=self.readings.held(),
+            free=self.memory.readings.free(),
+            peak=self.memory.readings.held(),
             usual=statistics.median(self.step_seconds),
         )
         changed, reasons = planner.replan(self.plan, seen)
         if changed.stream != self.plan.stream:
             self.streamer.replan(changed.stream)
-            self.readings.forget()
+            self.memory.readings.forget()
         self.follow(changed, reasons)
         self.last = time.perf_counter()
 
@@ -150,7 +217,7 @@ class Residence:
         for reason in reasons:
             if reason not in self.changes:
                 self.changes.append(reason)
-                self.log(reason)
+                self.memory.log(reason)
 
     def metrics(self) -> dict[str, object]:
         """What streaming cost, what was predicted, and what was changed on the way."""
@@ -161,7 +228,7 @@ class Residence:
             "predicted_step_seconds": self.plan.step,
             "predicted_peak": self.plan.peak,
             "step_seconds": list(self.step_seconds),
-            "held": self.readings.held(),
+            "held": self.memory.readings.held(),
             "changes": list(self.changes),
         }
 

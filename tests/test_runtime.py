@@ -18,6 +18,7 @@ from flux_quant.memory import Budget
 from flux_quant.modulation import HoistedModulation
 from flux_quant.sampling import Conditioning, Drawing, denoise
 from flux_quant.schedules import noise_levels
+from flux_quant.steptime import Host
 from flux_quant.streaming import StreamPlan, block_bytes, rings_for, spread_evenly
 
 GB = 10**9
@@ -39,6 +40,11 @@ def planned(model, resident: int, slots: int = 2) -> planner.Plan:
     return replace(made, stream=StreamPlan(names, sizes, stay, rings))
 
 
+def memory(model, stand_in: ThreadDevice | None = None, readings=None, log=lambda line: None) -> runtime.Memory:
+    budget, machine = Budget(8 * GB, "test"), find_gpu("rtx-3060-12gb").machine()
+    return runtime.Memory(stand_in or device(), machine, budget, Host(), readings or Quiet(), log=log)
+
+
 class Quiet:
     """What a device says that has no room for more residents, and enough for those there are."""
 
@@ -50,6 +56,8 @@ class Quiet:
 
     def held(self) -> int:
         return self._held
+
+    now = held
 
     def forget(self) -> None:
         self.forgotten += 1
@@ -81,7 +89,7 @@ def test_the_same_picture(model, change, resident, slots):
     expected = drawn(model)
     blocks = len(model.double_blocks) + len(model.single_blocks)
     plan = planned(model, min(resident, blocks), slots)
-    with runtime.Residence(model, plan, device(), readings=Quiet()) as residence:
+    with runtime.Residence(model, plan, memory(model)) as residence:
         assert torch.equal(residence.run(lambda: drawn(model, residence.after_step)), expected)
         found = residence.metrics()
     assert len(found["step_seconds"]) == 3 and found["misses"] == 0 and found["changes"] == []
@@ -91,7 +99,7 @@ def test_the_same_picture(model, change, resident, slots):
 
 def test_what_is_hoisted_is_not_streamed(model):
     plan = planned(model, 0)
-    with runtime.Residence(model, plan, device(), readings=Quiet()) as residence:
+    with runtime.Residence(model, plan, memory(model)) as residence:
         names = {name for layout in residence.streamer.layouts for name in [layout.name]}
         assert len(names) == len(plan.stream.names) + 1
     modulation = sum(p.nbytes for block in model.single_blocks for p in block.modulation.lin.parts)
@@ -126,7 +134,7 @@ def test_memory_runs_out_step_by_step(model):
     rest = block_bytes(model, plan.stream.names, exclude=runtime.hoisted_globs(model))[1]
     small = Shrunk(most=rest + plan.stream.device_bytes // 2)
     readings = Quiet()
-    with runtime.Residence(model, plan, small, log=lines.append, readings=readings) as residence:
+    with runtime.Residence(model, plan, memory(model, small, readings, lines.append)) as residence:
         assert torch.equal(residence.run(lambda: drawn(model, residence.after_step)), expected)
         assert residence.plan.stream.device_bytes <= plan.stream.device_bytes // 2
     assert lines and len(set(lines)) == len(lines) and all("out of memory" in line for line in lines)
@@ -159,7 +167,7 @@ def test_memory_that_runs_out_in_the_middle_starts_the_drawing_again(model):
             raise torch.OutOfMemoryError("activations")
         return drawn(model)
 
-    with runtime.Residence(model, planned(model, 5), device(), readings=Quiet()) as residence:
+    with runtime.Residence(model, planned(model, 5), memory(model)) as residence:
         before = residence.plan.stream.device_bytes
         assert torch.equal(residence.run(work), expected)
         assert len(attempts) == 2 and residence.plan.stream.device_bytes < before
@@ -170,7 +178,7 @@ def test_nothing_left_to_give_up_is_an_error(model):
     def work():
         raise torch.OutOfMemoryError("activations")
 
-    with runtime.Residence(model, planned(model, 3), device(), readings=Quiet()) as residence:
+    with runtime.Residence(model, planned(model, 3), memory(model)) as residence:
         with pytest.raises(UserError, match="out of GPU memory with .* of blocks on the device .one block is"):
             residence.run(work)
         assert len(residence.plan.stream.resident) == 0
@@ -184,7 +192,7 @@ def test_other_errors_pass_and_leave_the_model_as_it_was(model):
 
     with (
         pytest.raises(KeyError),
-        runtime.Residence(model, planned(model, 3), device(), readings=Quiet()) as residence,
+        runtime.Residence(model, planned(model, 3), memory(model)) as residence,
     ):
         residence.run(work)
     assert torch.equal(drawn(model), expected)
@@ -195,7 +203,7 @@ def test_short_memory_between_steps_sheds_residents_and_says_so_once(model):
     plan = planned(model, 7)
     plan = replace(plan, budget=Budget(8 * GB, "test", reserve=4_000_000))
     readings = Quiet(free=1_000_000)
-    with runtime.Residence(model, plan, device(), log=lines.append, readings=readings) as residence:
+    with runtime.Residence(model, plan, memory(model, None, readings, lines.append)) as residence:
         assert torch.equal(residence.run(lambda: drawn(model, residence.after_step)), expected)
         assert len(residence.plan.stream.resident) < 7
         assert residence.metrics()["changes"] == lines
