@@ -17,7 +17,7 @@ for each, and must not be captured across the border of a block.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from flux_quant.streaming.device import COMPUTE, COPY, CudaDevice, Event, Stream
 from flux_quant.streaming.host import HostArena, Stager, Ticket, point
 from flux_quant.streaming.layout import as_bytes, module_layout
 from flux_quant.streaming.memory import pin_budget
+from flux_quant.streaming.meter import Meter, StreamMetrics
 from flux_quant.streaming.plan import StreamPlan
-
-PASSES_AHEAD = 2  # passes that may be queued and unfinished, the newest one included
 
 
 @dataclass(eq=False)
@@ -62,49 +61,6 @@ class RingState:
         return len(self.order) <= len(self.slots)
 
 
-@dataclass
-class Pass:
-    """What is measured of one pass: pairs of timed events, read when the device is past them."""
-
-    end: Event
-    begun: bool = False
-    loads: int = 0
-    nbytes: int = 0
-    waits: list[tuple[int, Event, Event]] = field(default_factory=list)
-    copies: list[tuple[int, Event, Event]] = field(default_factory=list)
-
-
-@dataclass
-class StreamMetrics:
-    """Seconds and bytes of the latest pass that the device has finished; counts since the streamer was made."""
-
-    passes: int = 0  # finished
-    pass_loads: int = 0
-    pass_bytes: int = 0  # queued for copying during the pass
-    copy_seconds: float = 0.0  # that the copies took by themselves, waits for slots aside
-    copied_bytes: int = 0  # by the copies that `copy_seconds` is of
-    stall_seconds: dict[str, float] = field(default_factory=dict)  # block -> time that the compute waited for it
-    loads: int = 0
-    misses: int = 0  # blocks that ran without having been sent for
-    resyncs: int = 0  # times that blocks came in another order than the plan's, or a pass broke off
-    unused: int = 0  # loads in vain
-    total_bytes: int = 0
-    resident_bytes: int = 0
-    slot_bytes: int = 0
-    pinned_bytes: int = 0  # host memory, buffers of the staging thread included
-    pageable_bytes: int = 0  # of streamed blocks that are not pinned
-    mapped_bytes: int = 0
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self.copied_bytes / self.copy_seconds if self.copy_seconds else 0.0
-
-    @property
-    def stall(self) -> float:
-        """Seconds in the latest pass during which the device waited for copies."""
-        return sum(self.stall_seconds.values())
-
-
 class BlockStreamer:
     """Makes a module run on a device that its blocks do not fit, with the module's own tensors as the only copy.
 
@@ -135,12 +91,11 @@ class BlockStreamer:
                 raise UserError(f"{block.name} has no weights yet (meta device): load them, then stream")
         budget = pin_budget() if ram_budget is None else ram_budget
         self.arena = HostArena(self.device, self.layouts, budget)
-        self.totals = StreamMetrics()
-        self.passes = deque([Pass(self.device.event())])
-        self.spare: list[Event] = []
+        self.meter = Meter(self.device)
         self.residents: dict[int, Tensor | None] = {}  # None: was on the device and stayed there
         self.rings: list[RingState] = []
         self.stager: Stager | None = None
+        self.plan: StreamPlan | None = None  # None: no plan could be carried out
         self.undo: list[Callable[[], None]] = []
         self._busy, self._last, self.attached = False, len(plan.names), True
         try:
@@ -171,6 +126,9 @@ class BlockStreamer:
         if wrong := [i for i, size in enumerate(sizes) if size != plan.sizes[i]]:
             i = wrong[0]
             raise UserError(f"block {names[i]} has {sizes[i]} bytes, in the plan {plan.sizes[i]}")
+        if self.plan is not None and (plan.resident, plan.rings) == (self.plan.resident, self.plan.rings):
+            return
+        self.plan = None
         self._halt()
         stay = plan.resident | {len(names)}
         for block in set(self.residents) - stay:
@@ -185,11 +143,11 @@ class BlockStreamer:
         staged = [sizes[i] for i in plan.streamed if i not in self.arena.pinned]
         self.stager = Stager(self.arena, max(staged)) if staged else None
         self.plan = plan
-        for ring in self.rings:
+        for ring in sorted(self.rings, key=lambda ring: ring.order[0]):  # what runs first is loaded first
             for block in ring.order:
                 self._hook(ring, block)
             self._fill(ring)
-        totals = self.totals
+        totals = self.meter.totals
         totals.resident_bytes, totals.slot_bytes = plan.resident_bytes + self.layouts[-1].nbytes, plan.slot_bytes
         totals.pinned_bytes = self.arena.pinned_bytes + (2 * max(staged) if staged else 0)
         totals.pageable_bytes, totals.mapped_bytes = self.arena.tiers(plan.streamed)
@@ -205,9 +163,7 @@ class BlockStreamer:
 
     def metrics(self) -> StreamMetrics:
         """Waits for nothing: the latest pass counts once the device has finished it."""
-        while len(self.passes) > 1 and self.device.done(self.passes[0].end):
-            self._read(self.passes.popleft())
-        return replace(self.totals)
+        return self.meter.result()
 
     def _halt(self) -> None:
         """All blocks but the residents at home, no hook, no slot, nothing under way."""
@@ -272,16 +228,13 @@ class BlockStreamer:
             self._resync()
         self._busy = True
         if block <= self._last:
-            self._begin_pass()
+            self.meter.begin_pass()
         self._last = block
         slot = self._slot_of(ring, block)
         if slot.ticket is not None:
             slot.ticket.wait()
-        begin, end = self._timer(), self._timer()
-        self.device.record(begin, COMPUTE)
-        self.device.wait(COMPUTE, slot.loaded)
-        self.device.record(end, COMPUTE)
-        self.passes[-1].waits.append((block, begin, end))
+        with self.meter.waiting(layout.name):
+            self.device.wait(COMPUTE, slot.loaded)
         if block not in slot.views:
             slot.views[block] = layout.views(slot.buffer)
         point(layout.tensors, slot.views[block])
@@ -295,7 +248,7 @@ class BlockStreamer:
             ring.free.append(slot)
         self._fill(ring)
         if block == self.plan.streamed[-1]:
-            self._end_pass()
+            self.meter.end_pass()
         self._busy = False
 
     def _slot_of(self, ring: RingState, block: int) -> Slot:
@@ -310,9 +263,9 @@ class BlockStreamer:
         missing = block not in ring.loaded
         if missing:
             self._load(ring, block)
-        self.totals.unused += len(stale)
-        self.totals.misses += missing
-        self.totals.resyncs += missing or bool(stale)
+        self.meter.totals.unused += len(stale)
+        self.meter.totals.misses += missing
+        self.meter.totals.resyncs += missing or bool(stale)
         return ring.loaded[block]
 
     def _fill(self, ring: RingState) -> None:
@@ -326,18 +279,12 @@ class BlockStreamer:
         nbytes = self.layouts[block].nbytes
 
         def send(source: Tensor) -> None:
-            begin, end = self._timer(), self._timer()
             self.device.wait(COPY, slot.free)
-            self.device.record(begin, COPY)
-            self.device.copy(slot.buffer[:nbytes], source[:nbytes])
-            self.device.record(end, COPY)
+            with self.meter.copying(nbytes):
+                self.device.copy(slot.buffer[:nbytes], source[:nbytes])
             self.device.record(slot.loaded, COPY)
-            self.passes[-1].copies.append((nbytes, begin, end))
 
-        self.passes[-1].loads += 1
-        self.passes[-1].nbytes += nbytes
-        self.totals.loads += 1
-        self.totals.total_bytes += nbytes
+        self.meter.count_load(nbytes)
         if block in self.arena.pinned:
             slot.ticket = None
             send(self.arena.pinned[block])
@@ -354,42 +301,9 @@ class BlockStreamer:
             self.stager.drain()
         self.device.finish()
         for ring in self.rings:
-            self.totals.unused += len(ring.loaded)
+            self.meter.totals.unused += len(ring.loaded)
             for block in ring.order:
                 self.arena.bring_home(block)
             ring.empty()
-        self.totals.resyncs += 1
+        self.meter.totals.resyncs += 1
         self._busy = False
-
-    def _timer(self) -> Event:
-        return self.spare.pop() if self.spare else self.device.event(timed=True)
-
-    def _begin_pass(self) -> None:
-        if self.passes[-1].begun:  # it broke off, or ended early
-            self._end_pass()
-        self.passes[-1].begun = True
-        while len(self.passes) > PASSES_AHEAD:
-            oldest = self.passes.popleft()
-            self.device.host_wait(oldest.end)
-            self._read(oldest)
-
-    def _end_pass(self) -> None:
-        self.device.record(self.passes[-1].end, COMPUTE)
-        self.passes.append(Pass(self.device.event()))
-
-    def _read(self, finished: Pass) -> None:
-        """What the device has measured in a pass; copies that it has not finished count for the next one."""
-        totals, copied = self.totals, []
-        totals.passes += 1
-        totals.pass_loads, totals.pass_bytes = finished.loads, finished.nbytes
-        totals.stall_seconds = {}
-        for block, begin, end in finished.waits:
-            name = self.layouts[block].name
-            stall = self.device.seconds(begin, end)
-            totals.stall_seconds[name] = totals.stall_seconds.get(name, 0.0) + stall
-            self.spare += begin, end
-        for row in finished.copies:
-            (copied if self.device.done(row[2]) else self.passes[0].copies).append(row)
-        totals.copied_bytes = sum(nbytes for nbytes, *_ in copied)
-        totals.copy_seconds = sum(self.device.seconds(begin, end) for _, begin, end in copied)
-        self.spare += (event for _, *pair in copied for event in pair)
