@@ -92,7 +92,7 @@ class QuantLinear(nn.Module):
             self.fmt = repacked
         return self
 
-    def set_compute_(self, compute: str) -> bool:
+    def set_compute_(self, compute: str, device: torch.device | None = None) -> bool:
         """See `set_compute_` of the module -> whether anything changed."""
         if compute == self.fmt.compute or compute != "16-bit" and not self.takes_eight_bits():
             return False
@@ -102,7 +102,7 @@ class QuantLinear(nn.Module):
             base = format_named(self.fmt.base)
             self.replace_parts(base, self.parts[: len(base.parts)])
         if compute != "16-bit":
-            name, parts = eight_bit.prepared(self.fmt, self.parts, compute)
+            name, parts = eight_bit.prepared(self.fmt, self.parts, compute, device)
             self.replace_parts(format_named(name), parts)
         return True
 
@@ -199,12 +199,15 @@ KEEP_16_BIT = (
 )
 
 
-def set_compute_(module: nn.Module, compute: str, keep: Iterable[str] = KEEP_16_BIT) -> dict[str, str]:
+def set_compute_(
+    module: nn.Module, compute: str, keep: Iterable[str] = KEEP_16_BIT, device: torch.device | None = None
+) -> dict[str, str]:
     """Let the packed layers of a module multiply in "int8", "fp8" or again in "16-bit" -> name: what it is held in now.
 
-    Layers that match a glob of `keep`, and those whose sizes 8-bit products do not take, stay as they are. Call it when
-    the module is on its device: int8 requantizes weights of 8 bits and more in place (they stay so), and on a CUDA
-    device keeps those of fewer bits packed. ValueError for another word, or for 16-bit after requantizing.
+    Layers that match a glob of `keep`, and those whose sizes 8-bit products do not take, stay as they are. int8
+    requantizes weights of 8 bits and more (they stay so), and on a CUDA device keeps those of fewer bits packed.
+    `device`: where the module will run if it is not there yet. ValueError for another word, or for 16-bit after
+    requantizing.
     """
     if compute not in COMPUTES:
         raise ValueError(f"compute {compute}; choose one of {', '.join(COMPUTES)}")
@@ -212,7 +215,7 @@ def set_compute_(module: nn.Module, compute: str, keep: Iterable[str] = KEEP_16_
     for path, layer in module.named_modules():
         if not isinstance(layer, QuantLinear) or any(fnmatchcase(path, pattern) for pattern in keep):
             continue
-        if layer.set_compute_(compute):
+        if layer.set_compute_(compute, device):
             changed[path] = layer.fmt.name
     return changed
 

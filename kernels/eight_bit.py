@@ -154,18 +154,23 @@ def product(
     return fallback.guarded("int8 by TMA", codes.device, by_copy_engine, lambda: int8.int8_matmul(*operands))
 
 
-def prepared(fmt: QuantFormat, parts: Sequence[Tensor], compute: str) -> tuple[str, tuple[Tensor, ...]]:
+def prepared(
+    fmt: QuantFormat, parts: Sequence[Tensor], compute: str, on: torch.device | None = None
+) -> tuple[str, tuple[Tensor, ...]]:
     """Parts of a weight that is computed with in 16 bits -> (name of a format with that compute, its parts).
 
-    int8: formats below 8 bits on a CUDA device stay packed and get the scales of their int8 rows; everything else is
-    requantized to int8 rows. fp8: FP8 weights stay as they are, everything else is requantized with a scale per row.
+    int8: formats below 8 bits that are used on a CUDA device stay packed and get the scales of their int8 rows;
+    everything else is requantized to int8 rows. fp8: FP8 weights stay as they are, everything else is requantized with
+    a scale per row. `on`: the device that the layer will run on and that does the work; the parts stay where they are.
     """
+    if compute == "fp8" and fmt.parts[0].dtype == torch.float8_e4m3fn:
+        return f"{fmt.name} as fp8", tuple(parts)
+    home, on = parts[0].device, on or parts[0].device
+    moved = [part.to(on) for part in parts]
     if compute == "fp8":
-        if fmt.parts[0].dtype == torch.float8_e4m3fn:
-            return f"{fmt.name} as fp8", tuple(parts)
-        codes, scale = fp8.fp8_rows(fmt, parts)
-        return "fp8_rows as fp8", (codes, scale[:, None])
-    codes, scale = int8_torch.weight_rows(fmt, parts, group_for(weight_shape(fmt, parts)[1]))
-    if fmt.block > 1 and fmt.bits_per_weight < 8 and parts[0].is_cuda:
-        return f"{fmt.name} as int8", (*parts, scale)
-    return "int8_rows", (codes, scale)
+        codes, scale = fp8.fp8_rows(fmt, moved)
+        return "fp8_rows as fp8", (codes.to(home), scale[:, None].to(home))
+    codes, scale = int8_torch.weight_rows(fmt, moved, group_for(weight_shape(fmt, parts)[1]))
+    if fmt.block > 1 and fmt.bits_per_weight < 8 and on.type == "cuda":
+        return f"{fmt.name} as int8", (*parts, scale.to(home))
+    return "int8_rows", (codes.to(home), scale.to(home))
