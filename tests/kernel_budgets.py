@@ -67,6 +67,11 @@ GAPS: dict[str, dict[int, float]] = {
     "vector q6_k planar M1": {90: 5.9},
     "vector q5_1 M1": {90: 5.5},
     "vector q5_k M1": {90: 4.9},
+    "fused q5_0 M512": {86: 9.4},
+    "fused iq4_nl M512": {86: 8.9},
+    "fused q3_k M512": {86: 11.2},
+    "vector q3_k M1": {86: 15.1},
+    "vector q2_k M1": {86: 7.7},
 }
 
 Result = dict[str, object]  # a line of compile_kernels.py

@@ -29,6 +29,7 @@ PACKED = [  # as weights lie on a GPU
     *(fmt for name, fmt in FORMATS.items() if not fmt.is_plain and name not in MISALIGNED),
     IN_MEMORY["fp8_rows"],
 ]
+MAPPED = [FORMATS[name] for name in MISALIGNED]  # as they lie in a mapped file
 EVERY = (61, 75, 80, 86, 89, 90, 120)  # compute capabilities: GTX 10, RTX 20, A100, RTX 30, RTX 40, H100, RTX 50
 UNPACKING = 10  # thread-instructions per weight at which an H200 is still limited by its memory, half of what it has
 # Thread-instructions that a card can issue while its memory moves a byte: RTX 2060, A100, 3060, 4070, H200, 5090.
@@ -99,7 +100,7 @@ def wide_bytes(fmt: QuantFormat) -> float:
 def dequant_cases() -> Iterator[Case]:
     """As weights lie on a GPU, for every card; misaligned blocks, as in a mapped file, for three generations."""
     for cc in EVERY:
-        for fmt in [*PACKED, *(FORMATS[name] for name in MISALIGNED if cc in (75, 86, 90))]:
+        for fmt in PACKED + MAPPED * (cc in (75, 86, 90)):
             run = partial(dequantize, fmt, cc)
             yield Case("dequant", fmt.name, cc, run, share_of_program, UNPACKING, wide_bytes(fmt))
 
@@ -204,6 +205,9 @@ def fused_cases() -> Iterator[Case]:
         for m in (16, 512) if cc == 86 else (512,):
             run, mma = partial(linear, "matmul", fmt, m, cc), "HGMMA" if cc == 90 and m > 64 else "HMMA"
             yield Case("fused", f"{fmt.name} M{m}", cc, run, fused_step, FUSED[cc], wide_bytes(fmt), mma, tile)
+    for fmt in MAPPED:
+        run = partial(linear, "matmul", fmt, 512, 86)
+        yield Case("fused", f"{fmt.name} M512", 86, run, fused_step, FUSED[86], mma="HMMA", shown=tile)
     for name, cc in product(("q4_k", "q8_0 planar"), (86, 90)):
         fmt = IN_MEMORY.get(name) or FORMATS[name]
         run = partial(linear, "matmul", fmt, 512, cc, every=True)
@@ -216,6 +220,9 @@ def vector_cases() -> Iterator[Case]:
         for m in (1, 2) if cc in (75, 86) else (1,):
             run = partial(linear, "vector", fmt, m, cc)
             yield Case("vector", f"{fmt.name} M{m}", cc, run, vector_step, aim, wide_bytes(fmt), shown=("BN",))
+    for fmt in MAPPED:
+        run, aim = partial(linear, "vector", fmt, 1, 86), ISSUE[86] * fmt.bits_per_weight / 8
+        yield Case("vector", f"{fmt.name} M1", 86, run, vector_step, aim, shown=("BN",))
 
 
 def modulated_norm(cc: int) -> None:
