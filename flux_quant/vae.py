@@ -2,14 +2,16 @@
 
 At 2 megapixels the decoder is what needs most memory of all phases, and its need grows with the area. If the whole does
 not fit, the plane is cut into as few tiles as possible, evenly spread, each overlapping its neighbours by a quarter or
-more; over an overlap one tile fades out linearly as the next fades in. Every tile has its own GroupNorm statistics, so
-few large tiles show less than many small ones. A tile that fails for want of memory is tried again smaller.
+more; over an overlap one tile fades out linearly as the next fades in. What would give tiles away is GroupNorm, whose
+statistics are of all it sees: a first pass over all tiles gathers those of the whole plane, a second one uses them. Few
+large tiles still differ less than many small ones. A tile that fails for want of memory is tried again smaller.
 
 Letters: B pictures, h x w positions of the latent, H x W pixels, 8 to a position in each direction.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
@@ -17,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
 from flux_quant.errors import UserError
@@ -68,6 +71,10 @@ class Tiling:
     def count(self) -> int:
         return self.rows * self.columns
 
+    def begins(self, height: int, width: int) -> tuple[list[int], list[int]]:
+        """Where they begin on a plane of that size: from above, and from the left."""
+        return places(height, self.height, self.rows), places(width, self.width, self.columns)
+
     def __str__(self) -> str:
         return f"{self.count} tiles of {8 * self.width} x {8 * self.height} pixels" if self.count > 1 else "one piece"
 
@@ -114,37 +121,101 @@ def run_tiled(
 ) -> Tensor:
     """run: (B, c, h x_unit, w x_unit) -> (B, channels, h y_unit, w y_unit), tile by tile -> float32 on the CPU."""
     height, width = (side // x_unit for side in x.shape[-2:])
-    tops, lefts = places(height, tiling.height, tiling.rows), places(width, tiling.width, tiling.columns)
+    tops, lefts = tiling.begins(height, width)
     out = torch.zeros(len(x), channels, height * y_unit, width * y_unit)
     total = torch.zeros(height * y_unit, width * y_unit)
     for top, left in product(tops, lefts):
         down = ramps(top, tiling.height, tops, y_unit)
         weight = down[:, None] * ramps(left, tiling.width, lefts, y_unit)
-        piece = x[..., span(top, tiling.height, x_unit), span(left, tiling.width, x_unit)]
+        piece = cut(x, top, left, tiling, x_unit)
         rows, columns = span(top, tiling.height, y_unit), span(left, tiling.width, y_unit)
         out[..., rows, columns] += run(piece).float().cpu() * weight
         total[rows, columns] += weight
     return out / total
 
 
+def cut(x: Tensor, top: int, left: int, tiling: Tiling, unit: int) -> Tensor:
+    return x[..., span(top, tiling.height, unit), span(left, tiling.width, unit)].contiguous()
+
+
 def span(begin: int, length: int, unit: int) -> slice:
     return slice(begin * unit, (begin + length) * unit)
 
 
-def in_tiles(
-    run: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int], channels: int, memory: Memory, free: int | None
-) -> Tensor:
-    """`run` in as few tiles as the memory allows, and in more if it fails: float32 on the CPU.
+class PlaneNorm(nn.Module):
+    """A GroupNorm for one picture whose statistics are those of the whole plane, though it sees one tile at a time."""
 
-    units: pixels of x, and of the result, to a position; free: bytes, None for no limit. UserError where not even the
-    smallest tile fits.
+    def __init__(self, inner: nn.GroupNorm) -> None:
+        super().__init__()
+        self.inner = inner
+        self.sums: Tensor | None = None  # (2, 1, groups): of values and of their squares
+        self.count = 0
+        self.gathering = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, C, ...). As the inner one while it gathers; then with what was gathered."""
+        if self.gathering:
+            groups = x.flatten(2).unflatten(1, (self.inner.num_groups, -1)).flatten(2)
+            squares = torch.linalg.vector_norm(groups, dim=-1, dtype=torch.float32).square()
+            sums = torch.stack([groups.sum(dim=-1, dtype=torch.float32), squares])
+            self.sums = sums if self.sums is None else self.sums + sums
+            self.count += groups.shape[-1]
+            return self.inner(x)
+        mean, square = self.sums[:, 0] / self.count
+        each = x.shape[1] // self.inner.num_groups
+        statistics = (value.repeat_interleave(each) for value in (mean, square - mean.square()))
+        weight, bias = self.inner.weight.float(), self.inner.bias.float()
+        return F.batch_norm(x, *statistics, weight, bias, training=False, eps=self.inner.eps)
+
+
+@contextmanager
+def plane_norms(model: nn.Module) -> Iterator[list[PlaneNorm]]:
+    """All GroupNorms of a model gather and use the statistics of the whole plane inside; afterwards it is as before."""
+    own = {path: module for path, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    norms = {path: PlaneNorm(module) for path, module in own.items()}
+    try:
+        for path, norm in norms.items():
+            model.set_submodule(path, norm)
+        yield list(norms.values())
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
+
+
+def with_shared_norms(
+    model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling, units: tuple[int, int], channels: int
+) -> Tensor:
+    """`run_tiled` after a pass that gathers statistics, if there is more than one tile."""
+    if tiling.count == 1:
+        return run_tiled(run, x, tiling, *units, channels)
+    with plane_norms(model) as norms:
+        for top, left in product(*tiling.begins(*(side // units[0] for side in x.shape[-2:]))):
+            run(cut(x, top, left, tiling, units[0]))
+        for norm in norms:
+            norm.gathering = False
+        return run_tiled(run, x, tiling, *units, channels)
+
+
+def in_tiles(
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    units: tuple[int, int],
+    channels: int,
+    memory: Memory,
+    free: int | None,
+) -> Tensor:
+    """`run`, a work of the model, in as few tiles as the memory allows, and in more if it fails: float32 on the CPU.
+
+    x is one picture; units: pixels of x, and of the result, to a position; free: bytes, None for no limit. UserError
+    where not even the smallest tile fits.
     """
     height, width = (side // units[0] for side in x.shape[-2:])
     room = float("inf") if free is None else free * (1 - RESERVE)
     tiling = tiles_that_fit(height, width, room, memory) or list(tilings(height, width))[-1]
     while tiling is not None:
         try:
-            return run_tiled(run, x, tiling, *units, channels)
+            return with_shared_norms(model, run, x, tiling, units, channels)
         except torch.OutOfMemoryError:
             failed = tiling
         # Here, unlike above, nothing holds on to the tensors of the attempt.
@@ -172,11 +243,11 @@ def decode(vae: "AutoencoderKL", latents: Tensor, free: int | None = None, memor
     unit, place = 2 ** (len(vae.config.block_out_channels) - 1), vae.dtype
 
     def run(z: Tensor) -> Tensor:
-        return vae.decode(z.contiguous()).sample
+        return vae.decode(z).sample
 
     latents = (latents.float() / LATENT_SCALE + LATENT_SHIFT).to(vae.device, place)
     memory = memory or estimate(vae, DECODE)
-    pictures = [in_tiles(run, z, (1, unit), vae.config.out_channels, memory, free) for z in latents.split(1)]
+    pictures = [in_tiles(vae, run, z, (1, unit), vae.config.out_channels, memory, free) for z in latents.split(1)]
     return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
 
@@ -189,11 +260,11 @@ def encode(vae: "AutoencoderKL", pictures: Tensor, free: int | None = None, memo
     unit = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def run(x: Tensor) -> Tensor:
-        return vae.encode(x.contiguous()).latent_dist.mode()
+        return vae.encode(x).latent_dist.mode()
 
     pixels = (pictures.float() * 2 - 1).to(vae.device, vae.dtype)
     memory = memory or estimate(vae, ENCODE)
-    latents = [in_tiles(run, x, (unit, 1), vae.config.latent_channels, memory, free) for x in pixels.split(1)]
+    latents = [in_tiles(vae, run, x, (unit, 1), vae.config.latent_channels, memory, free) for x in pixels.split(1)]
     return (torch.cat(latents) - LATENT_SHIFT) * LATENT_SCALE
 
 

@@ -283,7 +283,7 @@ def test_tiling_keeps_the_picture(bundled: Components, monkeypatch: pytest.Monke
     monkeypatch.setattr(vae, "free_memory", lambda device: int(enough) + 1)
     tiled = np.asarray(generate(bundled, request).image)
     assert not np.array_equal(tiled, whole)
-    assert psnr(tiled, whole) > 38  # measured: 40.0, with two tiles
+    assert psnr(tiled, whole) > 42  # measured: 44.2, with two tiles
 
 
 def test_a_memory_line_can_be_given(bundled: Components):

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_quant import vae
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.errors import UserError
 from flux_quant.loading import load_vae
-from flux_quant.vae import Memory, Tiling, decode, encode, places, ramps, run_tiled, tiles_that_fit, tilings
+from flux_quant.vae import Memory, PlaneNorm, Tiling, decode, encode, places, ramps, run_tiled, tiles_that_fit, tilings
 
 GRIDS = [(12, 12), (16, 17), (40, 23), (64, 64), (90, 160), (128, 128), (134, 240), (16, 300)]
 
@@ -95,17 +95,17 @@ def test_work_that_looks_at_one_position_does_not_change(grid: tuple[int, int], 
 
 
 MEASURED = {  # tiles -> dB to one piece of decoding 256 x 384, and encoding; measured: a little more
-    2: (45, 27),
-    3: (43, 25),
-    4: (39, 22),
-    6: (38, 22),
-    12: (35, 20),
+    2: (50, 34),
+    3: (49, 32),
+    4: (45, 29),
+    6: (45, 29),
+    12: (41, 26),
 }
 
 
 @pytest.mark.parametrize(("count", "least"), MEASURED.items(), ids=str)
 def test_tiles_of_the_bundled_model(count: int, least: tuple[int, int], bundled, picture: Tensor):
-    """GroupNorm sees each tile alone, so more and smaller tiles differ more."""
+    """Attention sees each tile alone, so more and smaller tiles differ more."""
     whole = encode(bundled, picture)
     tiling = next(t for t in tilings(32, 48) if t.count == count)
     memory, free = Memory(1.0), tiling.height * tiling.width / (1 - vae.RESERVE) + 1
@@ -133,7 +133,44 @@ def test_fading_hides_the_seams(bundled, picture: Tensor, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(vae, "ramps", cut)
     cutting = jump()
-    assert cutting > 2 * faded, (cutting, faded)
+    assert cutting > 1.25 * faded, (cutting, faded)  # measured: 1.4 times
+
+
+def test_norms_of_the_whole_plane(bundled, picture: Tensor, monkeypatch: pytest.MonkeyPatch):
+    """Tiles with shared statistics are nearer to the whole than tiles with their own; the model stays as it was."""
+    z = encode(bundled, picture)
+    whole, modules = decode(bundled, z), list(bundled.modules())
+    shared = psnr(decode(bundled, z, 500, Memory(1.0)), whole)
+    assert all(a is b for a, b in zip(bundled.modules(), modules, strict=True))
+    monkeypatch.setattr(vae, "with_shared_norms", lambda model, *work: run_tiled(*work[:3], *work[3], work[4]))
+    assert shared > psnr(decode(bundled, z, 500, Memory(1.0)), whole) + 4
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 6, 10), (1, 32, 60)], ids=["plane", "attention"])
+@torch.no_grad()
+def test_gathered_statistics_are_those_of_group_norm(shape: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(4)
+    inner = nn.GroupNorm(8, 32, eps=1e-6)
+    for parameter in inner.parameters():
+        parameter.normal_(generator=generator)
+    x = torch.randn(shape, generator=generator) * 3 + 1
+    norm = PlaneNorm(inner)
+    half = shape[-1] // 2
+    for part in (x[..., :half], x[..., half:]):
+        assert torch.equal(norm(part), inner(part))
+    norm.gathering = False
+    found = torch.cat([norm(x[..., :half]), norm(x[..., half:])], dim=-1)
+    torch.testing.assert_close(found, inner(x), rtol=1e-5, atol=1e-5)
+    rounded = norm(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16 and (rounded.float() - inner(x)).abs().max() < 0.1
+
+
+def test_a_failure_puts_the_norms_back(bundled):
+    modules = list(bundled.modules())
+    with pytest.raises(RuntimeError, match="stop"), vae.plane_norms(bundled) as norms:
+        assert len(norms) == sum(isinstance(module, nn.GroupNorm) for module in modules) > 10
+        raise RuntimeError("stop")
+    assert all(a is b for a, b in zip(bundled.modules(), modules, strict=True))
 
 
 def test_whole_is_what_diffusers_gives(bundled, picture: Tensor):
@@ -146,13 +183,14 @@ def test_whole_is_what_diffusers_gives(bundled, picture: Tensor):
     assert psnr(y, x) > 20
 
 
-class Fake:
+class Fake(nn.Module):
     """An AutoencoderKL that upsamples, and fails above an area as a full card does."""
 
     dtype, device = torch.float32, torch.device("cpu")
     config = SimpleNamespace(block_out_channels=(128, 1, 1, 1), out_channels=3, latent_channels=16)
 
     def __init__(self, area: int) -> None:
+        super().__init__()
         self.area, self.seen, self.garbage = area, [], []
 
     def decode(self, z: Tensor) -> SimpleNamespace:
