@@ -3,22 +3,25 @@
 `ThreadDevice` does what is queued in another thread: with `lazy`, nothing before somebody waits, and then no more than
 is needed, in the order that its policy prefers; otherwise at once, beside the host. Either way only a wait in a queue
 holds work back, as on CUDA. `Late` makes the compute late too: every operator of torch gives its result's memory at
-once, filled with NaN, and is done when its turn comes.
+once, filled with NaN, and is done when its turn comes. `Toy` is a model of blocks in two sizes.
 """
 
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flux_quant.streaming import StreamPlan, block_bytes, rings_for
 from flux_quant.streaming.device import COMPUTE, COPY
+
+WIDTH = 8  # of the toy model
 
 POLICIES = {  # which queue goes first where both could
     "copies first": lambda _: COPY,
@@ -208,3 +211,57 @@ class Late(TorchDispatchMode):
 def blank(like: Tensor) -> Tensor:
     empty = torch.empty_like(like)
     return empty.fill_(float("nan")) if like.is_floating_point() else empty.zero_()
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+        self.register_buffer("scale", torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.down(torch.tanh(self.up(x)))
+
+
+class Toy(nn.Module):
+    """Blocks of two sizes, in two lists."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__()
+        torch.manual_seed(wide + 100 * narrow)
+        self.enter = nn.Linear(WIDTH, WIDTH)
+        self.wide = nn.ModuleList(Block(40) for _ in range(wide))
+        self.narrow = nn.ModuleList(Block(16) for _ in range(narrow))
+        self.fails_at = -1
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{kind}.{i}" for kind in ("wide", "narrow") for i in range(len(getattr(self, kind)))]
+
+    def forward(self, x: Tensor, order: Iterable[int] | None = None) -> Tensor:
+        x = self.enter(x)
+        blocks = [*self.wide, *self.narrow]
+        for i in range(len(blocks)) if order is None else order:
+            if i == self.fails_at:
+                raise KeyboardInterrupt
+            x = blocks[i](x)
+        return x
+
+
+def plan_for(module: nn.Module, names: list[str], resident: Iterable[int] = (), slots: int = 2, **how) -> StreamPlan:
+    sizes, resident = block_bytes(module, names)[0], frozenset(resident)
+    rings = rings_for([size for i, size in enumerate(sizes) if i not in resident], slots, **how)
+    return StreamPlan(names, sizes, resident, rings)
+
+
+def inputs(count: int) -> list[Tensor]:
+    """Batches that change their size from pass to pass."""
+    generator = torch.Generator().manual_seed(count)
+    return [torch.randn(1 + i % 3, WIDTH, generator=generator) for i in range(count)]
+
+
+def run(module: nn.Module, x: Tensor, device: ThreadDevice) -> Tensor:
+    with Late(device):
+        out = module(x)
+    device.finish()
+    return out

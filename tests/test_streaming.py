@@ -1,80 +1,25 @@
 """Streamed blocks give the unstreamed module's output, bit for bit, however late the device; tests of these tests."""
 
 import random
-from collections.abc import Iterable
+import time
 from itertools import cycle, product
-from threading import current_thread, main_thread
+from threading import Event, current_thread, main_thread
 
 import pytest
 import torch
-from stream_backends import POLICIES, Late, ThreadDevice
-from torch import Tensor, nn
+from stream_backends import POLICIES, WIDTH, Late, ThreadDevice, Toy, inputs, plan_for, run
+from torch import nn
 
 from flux_quant.errors import UserError
-from flux_quant.streaming import BlockStreamer, Ring, StreamPlan, block_bytes, rings_for, spread_evenly
+from flux_quant.streaming import BlockStreamer, Ring, StreamPlan, block_bytes, host, rings_for, spread_evenly
 from flux_quant.streaming.device import COMPUTE, COPY
 
-WIDTH = 8
 TIERS = {"pinned": 1 << 40, "part pinned": 6000, "in place": 0}  # bytes to pin
-
-
-class Block(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
-        self.register_buffer("scale", torch.rand(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.down(torch.tanh(self.up(x)))
-
-
-class Toy(nn.Module):
-    """Blocks of two sizes, in two lists."""
-
-    def __init__(self, wide: int, narrow: int) -> None:
-        super().__init__()
-        torch.manual_seed(wide + 100 * narrow)
-        self.enter = nn.Linear(WIDTH, WIDTH)
-        self.wide = nn.ModuleList(Block(40) for _ in range(wide))
-        self.narrow = nn.ModuleList(Block(16) for _ in range(narrow))
-        self.fails_at = -1
-
-    @property
-    def names(self) -> list[str]:
-        return [f"{kind}.{i}" for kind in ("wide", "narrow") for i in range(len(getattr(self, kind)))]
-
-    def forward(self, x: Tensor, order: Iterable[int] | None = None) -> Tensor:
-        x = self.enter(x)
-        blocks = [*self.wide, *self.narrow]
-        for i in range(len(blocks)) if order is None else order:
-            if i == self.fails_at:
-                raise KeyboardInterrupt
-            x = blocks[i](x)
-        return x
-
-
-def plan_for(module: nn.Module, names: list[str], resident: Iterable[int] = (), slots: int = 2, **how) -> StreamPlan:
-    sizes, resident = block_bytes(module, names)[0], frozenset(resident)
-    rings = rings_for([size for i, size in enumerate(sizes) if i not in resident], slots, **how)
-    return StreamPlan(names, sizes, resident, rings)
-
-
-def inputs(count: int) -> list[Tensor]:
-    """Batches that change their size from pass to pass."""
-    generator = torch.Generator().manual_seed(count)
-    return [torch.randn(1 + i % 3, WIDTH, generator=generator) for i in range(count)]
 
 
 def state(module: nn.Module) -> dict[str, tuple]:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: (id(t), t.device, t.shape, t.stride(), t.requires_grad, t.tolist()) for name, t in tensors.items()}
-
-
-def run(module: nn.Module, x: Tensor, device: ThreadDevice) -> Tensor:
-    with Late(device):
-        out = module(x)
-    device.finish()
-    return out
 
 
 def hooks(module: nn.Module) -> int:
@@ -217,6 +162,39 @@ class Interrupted(ThreadDevice):
         super().launch(queue, work)
 
 
+def slow_gather(streamer: BlockStreamer) -> None:
+    """Loads from pageable memory are queued after a while, when other things have happened."""
+    gather = streamer.arena.gather
+    streamer.arena.gather = lambda *given: time.sleep(0.002) or gather(*given)
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+@torch.no_grad()
+def test_slot_of_a_load_in_vain_is_not_written_later(monkeypatch, breaks_off: bool):
+    """Block 1 is skipped, or a pass breaks off, while it is still being gathered; block 4 gets its slot."""
+    monkeypatch.setattr(host, "pin_choice", lambda sizes, left: (0, 2, 3, 4))
+    gather, passed = host.HostArena.gather, Event()
+
+    def late(*given: object) -> None:
+        if current_thread() is not main_thread():
+            passed.wait(timeout=0.5)  # as late as the streamer lets it be
+        gather(*given)
+
+    monkeypatch.setattr(host.HostArena, "gather", late)
+    module, (x, *_) = Toy(0, 5), inputs(1)
+    expected, device = module(x, [3, 4]), ThreadDevice("copies first")
+    run(module, x, device)  # the first time takes torch longer than the wait above
+    with BlockStreamer(module, plan_for(module, module.names), device) as streamer:
+        if breaks_off:
+            with pytest.raises(RuntimeError):
+                module.narrow[0](torch.zeros(1, WIDTH + 1))
+        module.narrow[4].register_forward_pre_hook(lambda *_: passed.set() or streamer.stager.drain())
+        with Late(device):
+            found = module(x, [3, 4])
+        device.finish()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("tier", ["pinned", "part pinned"])
 @torch.no_grad()
 def test_interrupted_anywhere(tier: str):
@@ -226,15 +204,19 @@ def test_interrupted_anywhere(tier: str):
     for countdown in range(1000):
         device = Interrupted("copies first")
         with BlockStreamer(module, plan_for(module, module.names), device, TIERS[tier]) as streamer:
+            slow_gather(streamer)
             run(module, x, device)
-            device.countdown = countdown
-            try:
-                module(x)
-            except KeyboardInterrupt:
-                interruptions += 1
+            with Late(device):
+                earlier = module(x)
+                device.countdown = countdown
+                try:
+                    module(x)
+                except KeyboardInterrupt:
+                    interruptions += 1
             done, device.countdown = device.countdown >= 0, -1
             for _ in range(2):
                 assert torch.equal(run(module, x, device), expected)
+            assert torch.equal(earlier, expected)
             assert streamer.metrics().resyncs <= 3
         assert state(module) == before and not hooks(module) and not device.registered
         if done:
@@ -322,8 +304,12 @@ def test_no_room():
     assert state(module) == before and not hooks(module)
     device = ThreadDevice(most=2 * small.device_bytes + whole.resident_bytes // 2)
     with BlockStreamer(module, small, device) as streamer:
+        with pytest.raises(RuntimeError):
+            module.narrow[3](torch.zeros(1, WIDTH + 1))
         with pytest.raises(torch.OutOfMemoryError):
             streamer.replan(whole)
+        at_home = zip(streamer.layouts[7].tensors, streamer.arena.homes[7], strict=True)
+        assert all(tensor.data_ptr() == home.data_ptr() for tensor, home in at_home)
         device.most = None
         streamer.replan(small)
         assert torch.equal(run(module, x, device), expected)

@@ -243,6 +243,8 @@ def test_refused_registration_falls_back_to_slabs():
     assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
     arena.close()
     assert all(torch.equal(layout.tensors[0], value) for layout, value in zip(layouts, values, strict=True))
+    now = [span(layout.tensors[0])[1] for layout in layouts]
+    assert not any(start <= address < end for start, end in spans for address in now), "slabs are given back"
 
 
 def test_no_pinned_memory_at_all():
