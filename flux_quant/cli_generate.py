@@ -1,5 +1,6 @@
 """The verbs `generate` and `decode`. `cli` registers them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,11 @@ from flux_quant import options as opt
 from flux_quant.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from flux_quant.encoders import Placement
     from flux_quant.pipeline import Result
+    from flux_quant.runtime import Memory
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +54,10 @@ def generate(
     prompt_cache: opt.UsePromptCache = True,
     prompt_cache_size: opt.PromptCacheSize = "1GB",
     device: opt.Device = "auto",
+    vram: opt.VramBudget = None,
+    ram_budget: opt.RamBudget = None,
+    compute: opt.Compute = "16-bit",
+    metrics: opt.MetricsFile = None,
     force: opt.ForcePicture = False,
     threads: opt.Threads = None,
 ) -> None:
@@ -59,7 +68,9 @@ def generate(
     from flux_quant import console
     from flux_quant.components import find_components, picture_size, recommended_size
     from flux_quant.converters.shards import parse_size
-    from flux_quant.pipeline import LatentFiles, choose_device, previewer
+    from flux_quant.latents import LatentFiles
+    from flux_quant.linear import COMPUTES
+    from flux_quant.pipeline import choose_device, previewer
     from flux_quant.pipeline import generate as make
     from flux_quant.prompt_cache import PromptCache
     from flux_quant.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
@@ -73,9 +84,12 @@ def generate(
     if save_latent:
         check_latents(save_latent, force)
     cache = PromptCache.default(parse_size(prompt_cache_size)) if prompt_cache else None
-    text = TextOptions(pad_to, cache=cache)
     use_threads(threads)
     place, dtype = choose_device(device)
+    if compute not in COMPUTES:
+        raise UserError(f"compute {compute} is unknown; choose one of {', '.join(COMPUTES)}")
+    memory = memory_of(place, vram, ram_budget)
+    text = TextOptions(pad_to, text_placement(place, ram_budget), cache)
     components = find_components(model, t5, clip, vae, tokenizers)
     pixels = picture_size(size, components.transformer) if width is None else (width, height)
     pixels = drawable_size(pixels, recommended_size(components.transformer))
@@ -86,9 +100,33 @@ def generate(
     files = LatentFiles(save_latent, output.with_suffix(".latent.safetensors"), force)
     callback = previewer(preview, components.vae) if preview else None
     with console.steps_progress() as progress:
-        result = make(components, request, place, dtype, progress, text, callback, files)
+        result = make(components, request, place, dtype, progress, text, callback, files, memory, compute)
     save_pictures(result, paths, force)
+    if metrics:
+        metrics.write_text(json.dumps(result.measured(), indent=1) + "\n")
     console.print_generation(paths, result)
+
+
+def memory_of(device: "torch.device", vram: str | None, ram: str | None) -> "Memory | None":
+    """What plans go by on a GPU; None on a processor, where nothing has to be streamed."""
+    from flux_quant import console
+    from flux_quant.runtime import Memory
+
+    if device.type != "cuda":
+        if vram:
+            raise UserError(f"--vram {vram} is about a CUDA GPU; this picture is made on {device.type}")
+        return None
+    return Memory.of(device, vram, ram, console.say)
+
+
+def text_placement(device: "torch.device", ram: str | None) -> "Placement":
+    """T5 on the processor under a budget of RAM; on a GPU the plan places it."""
+    from flux_quant.encoders import Placement
+    from flux_quant.memory import parse_amount
+
+    if ram is None or device.type == "cuda":
+        return Placement()
+    return Placement(ram_budget=parse_amount(ram, "RAM budget"))
 
 
 def decode(

@@ -303,3 +303,6 @@ def print_generation(paths: Iterable[Path], result: "Generation") -> None:
     for path in paths:
         print(f"{path}: {done}")
     print(f"{phases}; {memory}")
+    if moved := result.metrics:
+        rate = f"{moved['bytes_per_second'] / 1e9:.1f} GB/s" if moved["bytes_per_second"] else "no copies"
+        print(f"streamed {size(moved['total_bytes'])}, {rate}, waited {moved['stall']:.2f} s in the last pass")

@@ -6,6 +6,9 @@ settings lie in the metadata as JSON under the key `flux_quant`, as in our pictu
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +61,52 @@ def load_latents(path: Path) -> Latents:
         raise UserError(f"{path}: the settings in its metadata are damaged")
     check(path, tensors)
     return Latents(**tensors, settings=settings)
+
+
+@dataclass(frozen=True)
+class LatentFiles:
+    """Where latents go before they are decoded."""
+
+    keep: Path | None = None  # they stay there
+    rescue: Path | None = None  # they lie there while they are decoded, and stay only if that fails
+    force: bool = False  # replace `keep` if it exists
+
+
+NOWHERE = LatentFiles()
+
+
+@contextmanager
+def on_disk(saved: Latents, files: LatentFiles) -> Iterator[None]:
+    """While the latents are decoded they lie in a file; UserError that names it if that fails."""
+    path = files.keep or (free_name(files.rescue) if files.rescue else None)
+    if path is None:
+        yield
+        return
+    try:
+        save_latents(path, saved, files.force and path == files.keep)
+    except (UserError, OSError) as error:  # no reason to lose the picture as well
+        warnings.warn(f"the latents were not saved: {error}", stacklevel=2)
+        yield
+        return
+    try:
+        yield
+    except (UserError, RuntimeError, MemoryError) as error:
+        raise UserError(f"decoding failed: {error}; the latents are in {path}: flux-quant decode {path}") from error
+    except BaseException:
+        discard(path, files)
+        raise
+    discard(path, files)
+
+
+def discard(path: Path, files: LatentFiles) -> None:
+    if path != files.keep:
+        path.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 ... that does not exist."""
+    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") if i > 1 else path for i in range(1, 1000))
+    return next(name for name in names if not name.exists())
 
 
 def check(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -100,3 +100,11 @@ UsePromptCache = Annotated[
     bool, typer.Option("--prompt-cache/--no-prompt-cache", help="keep encoded prompts on the disk, and use them")
 ]
 PromptCacheSize = Annotated[str, typer.Option(metavar="SIZE", help="of all encoded prompts together")]
+
+# Of `generate`: memory.
+VramBudget = Annotated[
+    str | None, typer.Option("--vram", metavar="SIZE", help="GPU memory to keep to: 8GB, 7.5GiB ...")
+]
+RamBudget = Annotated[str | None, typer.Option("--ram-budget", metavar="SIZE", help="RAM for weights that stream")]
+Compute = Annotated[str, typer.Option("--compute", help="what products multiply: 16-bit, int8 or fp8")]
+MetricsFile = Annotated[Path | None, typer.Option("--metrics", metavar="FILE", help="what was measured, as JSON")]

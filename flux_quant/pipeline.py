@@ -9,10 +9,10 @@ The starting noise is that of diffusers' FluxPipeline with a CPU generator of th
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,13 +24,17 @@ from flux_quant.arch import FluxConfig
 from flux_quant.components import Components
 from flux_quant.configs import vae_config
 from flux_quant.converters.component import open_component
+from flux_quant.encoders import Placement
 from flux_quant.errors import UserError
-from flux_quant.latents import Latents, load_latents, save_latents
+from flux_quant.footprint import TextEncoder, Work
+from flux_quant.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
 from flux_quant.loading import load_flux, load_vae, shapes_of
 from flux_quant.model import Flux, pack_latents, unpack_latents
-from flux_quant.modulation import HoistedModulation, hoisted_modules, move_without_
+from flux_quant.modulation import HoistedModulation
 from flux_quant.pictures import composite, latent_mask, read_mask, read_picture, save_png, to_images
+from flux_quant.planner import Plan
 from flux_quant.request import Request
+from flux_quant.runtime import Memory, Residence, Whole, prepare, sizes_of
 from flux_quant.sampling import Callback, Conditioning, Drawing, StepState, denoise, no_progress, steering_calls
 from flux_quant.text import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
 
@@ -52,10 +56,16 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     peak_ram: int = 0  # bytes of the process so far
     peak_vram: int = 0  # bytes allocated by torch
+    metrics: dict[str, object] = field(default_factory=dict)  # of streaming, see `runtime.Residence.metrics`
 
     @property
     def image(self) -> "Image.Image":
         return self.images[0]
+
+    def measured(self) -> dict[str, object]:
+        """Times, peaks and what streaming cost, for JSON."""
+        peaks = {"peak_ram": self.peak_ram, "peak_vram": self.peak_vram}
+        return {"settings": self.settings, "seconds": self.seconds, **peaks, "streaming": self.metrics}
 
     def settings_of(self, picture: int) -> dict[str, object]:
         return {**self.settings, "seed": self.seeds[picture]}
@@ -69,15 +79,6 @@ class Given(NamedTuple):
     mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class LatentFiles:
-    """Where latents go before they are decoded."""
-
-    keep: Path | None = None  # they stay there
-    rescue: Path | None = None  # they lie there while they are decoded, and stay only if that fails
-    force: bool = False  # replace `keep` if it exists
-
-
 def generate(
     components: Components,
     request: Request,
@@ -86,50 +87,129 @@ def generate(
     progress: Progress = no_progress,
     text: TextOptions = AS_TRAINED,
     callback: Callback | None = None,
-    files: LatentFiles = LatentFiles(),
+    files: LatentFiles = NOWHERE,
+    memory: Memory | None = None,
+    compute: str = "16-bit",
 ) -> Result:
-    """All phases. Activations and VAE are in `dtype` (the VAE in float32 where the card lacks it), text as it says."""
+    """All phases. Activations and VAE are in `dtype` (the VAE in float32 where the card lacks it), text as it says.
+
+    With the `memory` of the device, blocks stay there or stream as a plan for its budget says, and so does T5 unless
+    `text` places it. compute: what the products in the blocks multiply, see `linear.set_compute_`.
+    """
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
         refuse_image_inputs(components, model)
         open_component(components.vae, "VAE")  # what is wrong with it is better known before the work
         levels = request.levels(model.config.guidance)
-    given = None
-    if request.image is not None:
-        with timed(seconds, "encode"):
-            given = read_given(request, components.vae, device, dtype)
-    with timed(seconds, "text"):
-        features = encode(components, texts_of(request), model.config.guidance, text)
-    drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, given)
-    with timed(seconds, "modulation"):
-        modulation = HoistedModulation(model)
-        modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype)
-    with timed(seconds, "load"):
-        move_without_(model, device, hoisted_modules(model))
-    with timed(seconds, "denoise"):
-        tokens = denoise(model, drawing, dtype, modulation, progress, callback)
-    latents = unpack_latents(tokens, *request.grid).cpu()
-    settings = dict(
-        model=components.transformer.name,
-        **request.settings(),
-        pad_to=features.txt.shape[1],
-        dtype=str(dtype).removeprefix("torch."),
+        prepare(model, device, compute, inf if memory is None else memory.host.pinned)
+        plan = None if memory is None else planned(memory, components, model, request, text, compute)
+    with nullcontext() if memory is None else memory.capped():
+        given = None
+        if request.image is not None:
+            with timed(seconds, "encode"):
+                given = read_given(request, components.vae, device, dtype, room(memory, device))
+        with timed(seconds, "text"):
+            placed = text if plan is None else text_by(plan, memory, text)
+            features = encode(components, texts_of(request), model.config.guidance, placed)
+        drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, given)
+        with timed(seconds, "modulation"):
+            modulation = HoistedModulation(model)
+            modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype)
+        tokens, metrics = draw(
+            model,
+            drawing,
+            modulation,
+            Whole(model, device) if plan is None else Residence(model, plan, memory),
+            dtype,
+            progress,
+            callback,
+            seconds,
+        )
+        latents = unpack_latents(tokens, *request.grid).cpu()
+        settings = dict(
+            model=components.transformer.name,
+            **request.settings(),
+            pad_to=features.txt.shape[1],
+            dtype=str(dtype).removeprefix("torch."),
+            compute=compute,
+        )
+        del model, modulation, drawing, tokens
+        release(device)
+        kept = (given.picture, given.mask) if given and given.mask is not None else (None, None)
+        saved = Latents(latents, *kept, settings | {"seeds": request.all_seeds, "vae": str(components.vae.absolute())})
+        with timed(seconds, "decode"), on_disk(saved, files):
+            images = decode_latents(saved, components.vae, device, dtype, room(memory, device))
+    peaks = peak_ram(), peak_vram(device)
+    return Result(images, settings, request.all_seeds, len(levels) - 1, seconds, *peaks, metrics)
+
+
+def draw(
+    model: Flux,
+    drawing: Drawing,
+    modulation: HoistedModulation,
+    residence: Whole | Residence,
+    dtype: torch.dtype,
+    progress: Progress,
+    callback: Callback | None,
+    seconds: dict[str, float],
+) -> tuple[Tensor, dict[str, object]]:
+    """Clean tokens, and what residence measured; `callback` sees a step before the plan is revised."""
+
+    def after_step(state: StepState) -> None:
+        if callback is not None:
+            callback(state)
+        residence.after_step(state)
+
+    with ExitStack() as stack:
+        with timed(seconds, "load"):
+            stack.enter_context(residence)
+        with timed(seconds, "denoise"):
+            tokens = residence.run(lambda: denoise(model, drawing, dtype, modulation, progress, after_step))
+        return tokens, residence.metrics()
+
+
+def planned(
+    memory: Memory, components: Components, model: Flux, request: Request, text: TextOptions, compute: str
+) -> Plan:
+    """What is to be made, as a plan for this memory; said as it is made."""
+    reader = open_component(components.t5, "T5 encoder")
+    encoder = TextEncoder.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
+    work = Work(
+        size=request.size,
+        batch=len(request.all_seeds),
+        words=text.pad_to or (LONGEST if model.config.guidance else SCHNELL_LENGTH),
+        steps=request.steps,
+        passes=1 if request.negative is None else 2,
+        compute="float" if compute == "16-bit" else compute,
     )
-    del model, modulation, drawing, tokens
-    release(device)
-    kept = (given.picture, given.mask) if given and given.mask is not None else (None, None)
-    saved = Latents(latents, *kept, settings | {"seeds": request.all_seeds, "vae": str(components.vae.absolute())})
-    with timed(seconds, "decode"), on_disk(saved, files):
-        images = decode_latents(saved, components.vae, device, dtype)
-    return Result(images, settings, request.all_seeds, len(levels) - 1, seconds, peak_ram(), peak_vram(device))
+    plan = memory.plan(sizes_of(model), work, encoder)
+    memory.log(str(plan))
+    return plan
 
 
-def read_given(request: Request, vae_file: Path, device: torch.device | str, dtype: torch.dtype) -> Given:
+def text_by(plan: Plan, memory: Memory, text: TextOptions) -> TextOptions:
+    """T5 streamed through the device if the plan has it there and nobody placed it otherwise."""
+    phase = next(phase for phase in plan.phases if phase.name == "text")
+    if text.placement != Placement() or not phase.parts:
+        return text
+    native = memory.place.type == "cuda" and memory.machine.dtype == "bf16"
+    placement = Placement(memory.place, "mixed" if native else "float32", attach=memory.streaming)
+    return replace(text, placement=placement)
+
+
+def room(memory: Memory | None, device: torch.device | str) -> int | None:
+    """Bytes that encoding or decoding a picture may take."""
+    return vae.free_memory(device) if memory is None else memory.free
+
+
+def read_given(
+    request: Request, vae_file: Path, device: torch.device | str, dtype: torch.dtype, free: int | None
+) -> Given:
     picture = read_picture(request.image, request.size)
     mask = read_mask(request.mask, request.size) if request.mask else None
     model = placed_vae(vae_file, device, dtype)
-    return Given(picture, vae.encode(model, picture, vae.free_memory(device)), mask)
+    return Given(picture, vae.encode(model, picture, free), mask)
 
 
 def placed_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> "AutoencoderKL":
@@ -143,46 +223,16 @@ def texts_of(request: Request) -> list[Request]:
     return [request, *negative]
 
 
-@contextmanager
-def on_disk(saved: Latents, files: LatentFiles) -> Iterator[None]:
-    """While the latents are decoded they lie in a file; UserError that names it if that fails."""
-    path = files.keep or (free_name(files.rescue) if files.rescue else None)
-    if path is None:
-        yield
-        return
-    try:
-        save_latents(path, saved, files.force and path == files.keep)
-    except (UserError, OSError) as error:  # no reason to lose the picture as well
-        warnings.warn(f"the latents were not saved: {error}", stacklevel=2)
-        yield
-        return
-    try:
-        yield
-    except (UserError, RuntimeError, MemoryError) as error:
-        raise UserError(f"decoding failed: {error}; the latents are in {path}: flux-quant decode {path}") from error
-    except BaseException:
-        discard(path, files)
-        raise
-    discard(path, files)
-
-
-def discard(path: Path, files: LatentFiles) -> None:
-    if path != files.keep:
-        path.unlink(missing_ok=True)
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3 ... that does not exist."""
-    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") if i > 1 else path for i in range(1, 1000))
-    return next(name for name in names if not name.exists())
-
-
 def decode_latents(
-    saved: Latents, vae_file: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    saved: Latents,
+    vae_file: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    free: int | None = None,
 ) -> list["Image.Image"]:
     """In the largest tiles that fit; a picture that was kept around a mask is put back, pixel by pixel."""
     model = placed_vae(vae_file, device, dtype)
-    pictures = vae.decode(model, saved.latents, vae.free_memory(device))
+    pictures = vae.decode(model, saved.latents, free)
     if saved.mask is not None:
         pictures = composite(pictures, saved.picture, saved.mask)
     return to_images(pictures)
@@ -202,7 +252,7 @@ def decode_file(
         raise UserError(f"{path} does not say which VAE decodes it ({found} is no file); give one with --vae")
     seconds: dict[str, float] = {}
     with timed(seconds, "decode"):
-        images = decode_latents(saved, found, device, dtype)
+        images = decode_latents(saved, found, device, dtype, vae.free_memory(device))
     seeds = settings.pop("seeds", None)
     if not isinstance(seeds, list) or len(seeds) != len(images):
         seeds = range(len(images))

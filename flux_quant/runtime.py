@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -26,9 +27,10 @@ from flux_quant.doctor import diagnose, machine_of
 from flux_quant.errors import UserError
 from flux_quant.footprint import CONTEXT, Model, TextEncoder, Work
 from flux_quant.gpus import Machine
-from flux_quant.linear import QuantLinear
+from flux_quant.kernels import fallback
+from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.memory import Budget, amount, parse_amount
-from flux_quant.modulation import hoisted_modules
+from flux_quant.modulation import hoisted_modules, move_without_
 from flux_quant.planner import Plan, Seen
 from flux_quant.steptime import Host
 from flux_quant.streaming import BlockStreamer, StreamPlan, block_bytes, pin_budget, rings_for
@@ -120,6 +122,10 @@ class Memory:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     @property
+    def place(self) -> torch.device:
+        return self.device if isinstance(self.device, torch.device) else self.device.device
+
+    @property
     def free(self) -> int:
         """Bytes that a phase may still take."""
         return max(0, min(self.readings.free(), self.budget.nbytes - self.readings.now()))
@@ -132,6 +138,29 @@ class Memory:
         plan = StreamPlan(names, sizes, frozenset(), rings_for(sizes))
         with BlockStreamer(blocks, plan, self.device, self.ram_budget):
             yield
+
+
+class Whole:
+    """A model that fits its device: what a `Residence` offers, for all of it at once."""
+
+    def __init__(self, model: nn.Module, device: torch.device | str) -> None:
+        self.model, self.device = model, device
+
+    def __enter__(self) -> "Whole":
+        move_without_(self.model, self.device, hoisted_modules(self.model))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def after_step(self, state: object = None) -> None:
+        pass
+
+    def metrics(self) -> dict[str, object]:
+        return {}
 
 
 @dataclass
@@ -231,6 +260,20 @@ class Residence:
             "held": self.memory.readings.held(),
             "changes": list(self.changes),
         }
+
+
+def prepare(model: nn.Module, device: torch.device | str, compute: str, pinnable: float = inf) -> None:
+    """Bring packed layers into the form in which the device uses them: planar rows, formats for 8-bit compute.
+
+    Both are copies in RAM. Planar rows are left out where more than `pinnable` bytes of RAM would be needed: native
+    blocks can stay in the mapped file.
+    """
+    device = torch.device(device)
+    packed = sum(part.nbytes for layer in model.modules() if isinstance(layer, QuantLinear) for part in layer.parts)
+    if fallback.triton_for(device) is None and packed <= pinnable:
+        repack_(model)
+    if compute != "16-bit":
+        set_compute_(model, compute, device=device)
 
 
 def fitted(plan: Plan, model: nn.Module) -> Plan:

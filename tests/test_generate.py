@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_quant import pipeline, vae
+from flux_quant import latents, pipeline, runtime, vae
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.errors import UserError
@@ -131,7 +131,7 @@ def test_a_failed_decode_keeps_the_latents(folder: Path, monkeypatch, capsys: py
 
 
 def test_a_full_disk_does_not_cost_the_picture(folder: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(pipeline, "save_latents", fail_with(UserError("no space for a.latent.safetensors")))
+    monkeypatch.setattr(latents, "save_latents", fail_with(UserError("no space for a.latent.safetensors")))
     assert main([*GENERATE, *SMALL, "-o", "a.png"]) == 0
     assert capsys.readouterr().err == "warning: the latents were not saved: no space for a.latent.safetensors\n"
     assert Image.open("a.png").size == (96, 80)
@@ -268,7 +268,7 @@ def test_the_modulation_stays_where_it_was(bundled: Components, monkeypatch: pyt
         moved.update(left=left, all=set(model.modules()), device=device)
         return model
 
-    monkeypatch.setattr(pipeline, "move_without_", watch)
+    monkeypatch.setattr(runtime, "move_without_", watch)
     generate(bundled, Request(PROMPT, steps=1, size=(64, 64)))
     assert moved["device"] == "cpu" and {type(part).__name__ for part in moved["left"]} == {"Embedder", "QuantLinear"}
     model = load_flux(bundled.transformer)

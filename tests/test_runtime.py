@@ -16,6 +16,8 @@ from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.loading import load_flux
 from flux_quant.memory import Budget
 from flux_quant.modulation import HoistedModulation
+from flux_quant.pipeline import generate
+from flux_quant.request import Request
 from flux_quant.sampling import Conditioning, Drawing, denoise
 from flux_quant.schedules import noise_levels
 from flux_quant.steptime import Host
@@ -222,3 +224,33 @@ def test_readings_of_cuda():
     before = readings.held()
     kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
     assert readings.held() >= before + kept.nbytes and 0 < readings.free() < torch.cuda.mem_get_info()[1]
+
+
+@pytest.mark.parametrize("compute", ["16-bit", "int8"])
+@pytest.mark.parametrize("negative", [None, "penguin"])
+def test_generate_on_a_device_that_is_too_small(model, compute, negative, monkeypatch):
+    """Plan, T5 and blocks through slots, hoisted modulation, tiles of the VAE: the picture is that of a big machine."""
+    components = find_components(BUNDLED)
+    request = Request("red apple", steps=3, size=(96, 96), negative=negative, cfg=1.0 if negative is None else 3.0)
+    whole = generate(components, request, compute=compute)
+    lines = []
+    small = memory(model, None, Quiet(free=8 * GB), lines.append)
+    monkeypatch.setattr(planner, "plan", lambda model, *rest: shrunk(made(model, *rest)))
+    made = planned_by_machine
+    streamed = generate(components, request, memory=small, compute=compute)
+    assert streamed.image.tobytes() == whole.image.tobytes()
+    assert streamed.metrics["total_bytes"] > 0 and streamed.metrics["misses"] == 0
+    assert len(streamed.metrics["step_seconds"]) == 3
+    assert any("blocks" in line for line in lines)
+    assert {"load", "text", "modulation", "denoise", "decode"} <= set(streamed.measured()["seconds"])
+
+
+planned_by_machine = planner.plan
+
+
+def shrunk(plan: planner.Plan) -> planner.Plan:
+    """The same with a single resident and the text encoder on the device."""
+    stream = plan.stream
+    sizes = [size for i, size in enumerate(stream.sizes) if i != 2]
+    phases = tuple(replace(p, parts=(("slots", 1),)) if p.name == "text" else p for p in plan.phases)
+    return replace(plan, stream=StreamPlan(stream.names, stream.sizes, {2}, rings_for(sizes, 2)), phases=phases)
