@@ -16,7 +16,8 @@ from rich.table import Table
 from flux_quant.benchmarks.kernels import copies_of, formats
 from flux_quant.benchmarks.machine import device_name, write_result
 from flux_quant.benchmarks.timing import compare
-from flux_quant.formats import INT8_ROWS
+from flux_quant.errors import UserError
+from flux_quant.formats import FORMATS, INT8_ROWS
 from flux_quant.kernels import fallback, tables
 
 LAYER = (9216, 3072)  # qkv of a double block
@@ -36,17 +37,13 @@ def run(device: torch.device, names: list[str]) -> dict[str, object]:
     return {"table": {name: [vars(step) for step in steps] for name, steps in table.items()}, "microseconds": evidence}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", default="", help="names with commas between them")
-    parser.add_argument("--small", action="store_true", help="say what would be done")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
-    args = parser.parse_args()
-    names = [name for name in args.formats.split(",") if name]
+def tune_device(names: list[str]) -> dict[str, object]:
+    """Measure, keep and show the table of this GPU. UserError without one."""
     device = torch.device("cuda")
     if reason := fallback.triton_for(device):
-        print(f"nothing to tune: {reason}", file=sys.stderr)
-        return 0 if args.small else 1
+        raise UserError(f"nothing to tune: {reason}")
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise UserError(f"unknown format {unknown[0]}; choose from {', '.join(FORMATS)}")
     result = run(device, names)
     table = Table(title=f"Ways on {device_name()}")
     table.add_column("format")
@@ -56,6 +53,21 @@ def main() -> int:
         table.add_row(name, ", ".join(words))
     Console(width=120).print(table)
     print(f"kept in {tables.table_file(device)}", file=sys.stderr)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default="", help="names with commas between them")
+    parser.add_argument("--small", action="store_true", help="say what would be done")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    names = [name for name in args.formats.split(",") if name]
+    try:
+        result = tune_device(names)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 0 if args.small else 1
     if args.save:
         print(f"wrote {write_result('tune', result)}", file=sys.stderr)
     return 0

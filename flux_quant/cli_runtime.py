@@ -1,4 +1,4 @@
-"""The verbs `plan` and `doctor`: what would fit where, and what this machine can do. `cli` registers them."""
+"""The verbs `plan`, `doctor` and `tune`: what would fit where, what this machine can do. `cli` registers them."""
 
 import json as json_format
 import sys
@@ -32,12 +32,14 @@ Compute = Annotated[str, typer.Option("--compute", help="dtype of the products: 
 LoraFiles = Annotated[list[Path] | None, typer.Option("--lora", metavar="FILE", help="that stays beside; repeatable")]
 ControlNets = Annotated[list[Path] | None, typer.Option("--controlnet", metavar="FILE", help="repeatable")]
 T5File = Annotated[Path | None, typer.Option("--t5", metavar="FILE", help="[default: beside FILE, or a Q8_0 of XXL]")]
+Formats = Annotated[str, typer.Option(metavar="LIST", help="q8_0,q4_k ... [default: all]")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="measure again what was measured before")]
 
 
 def register(app: typer.Typer) -> None:
     app.command()(plan)
     app.command()(doctor)
+    app.command()(tune)
 
 
 def plan(
@@ -108,6 +110,13 @@ def doctor(json: opt.Json = False, refresh: Refresh = False) -> None:
     for line in report.missing:
         screen.print(f"missing: {line}", soft_wrap=True)
     screen.print(f"rates measured {report.date}, kept in {place}", soft_wrap=True)
+
+
+def tune(formats: Formats = "") -> None:
+    """Measure which way linear layers are fastest on this GPU, by format and rows of input. Takes about a minute."""
+    from flux_quant.benchmarks.tune import tune_device
+
+    tune_device([name for name in formats.split(",") if name])
 
 
 def surroundings(gpu: str | None, vram: str | None, ram: str | None) -> tuple["Machine", "Budget", "Host", list[str]]:
