@@ -35,7 +35,8 @@ LAYERS = (
     {"calibration"},
     {"console", "options"},
     {"frontends"},
-    {"benchmarks", "cli_generate", "cli_runtime"},
+    {"benchmarks", "cli_generate"},
+    {"cli_runtime"},
     {"cli"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
