@@ -1,6 +1,6 @@
 """Fits the linear preview to the bundled model: python -m flux_quant.benchmarks.preview_factors
 
-Draws the demo's pictures with four seeds each, decodes them, and prints the row for `flux_quant.preview.FACTORS`.
+Draws the demo's pictures with four seeds each, decodes them, prints the row for `flux_quant.drawing.preview.FACTORS`.
 """
 
 from dataclasses import replace
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flux_quant.benchmarks.demo import GUIDANCE, PROMPTS, SIZE
 from flux_quant.components import BUNDLED, find_components
+from flux_quant.drawing.preview import Factors, fit
+from flux_quant.drawing.vae import decode
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.pipeline import Request, denoise_batch, encode
-from flux_quant.preview import Factors, fit
-from flux_quant.vae import decode
 
 SOURCE = "the bundled model's VAE: fitted by benchmarks/preview_factors.py"
 SEEDS, STEPS = 4, 8

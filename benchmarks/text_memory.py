@@ -33,11 +33,11 @@ from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.gguf_io import model_metadata
 from flux_quant.converters.t5_gguf import t5_metadata
 from flux_quant.converters.writer import create_checkpoint
-from flux_quant.encoders import Placement, t5_states
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import open_t5
 from flux_quant.naming import to_stored
+from flux_quant.text.encoders import Placement, t5_states
 
 VOCABULARY, WIDTH, INNER, HEADS, BUCKETS, BLOCKS = 32128, 4096, 10240, 64, 32, 24
 TOKENS = 512

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
-from flux_quant import cli_generate, cli_runtime
-from flux_quant import options as opt
-from flux_quant.cli_generate import use_threads
 from flux_quant.errors import UserError
+from flux_quant.verbs import generate as cli_generate
+from flux_quant.verbs import options as opt
+from flux_quant.verbs import runtime as cli_runtime
+from flux_quant.verbs.generate import use_threads
 
 app = typer.Typer(
     help="Quantization and low-VRAM toolkit for FLUX.1.",

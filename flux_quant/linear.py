@@ -8,6 +8,7 @@ dtype (blocks of bytes would survive a cast; FP8 values, scales and stored float
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,15 @@ from flux_quant.kernels.packed import check_parts
 COMPUTES = ("16-bit", "int8", "fp8")
 MULTIPLE = 16  # of inputs and outputs: what 8-bit products take
 
-Adapter = Callable[[Tensor], Tensor]  # x (..., K) -> (..., N), in x's dtype
+Adapter = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]  # x (..., K), the layer without it -> (..., N)
 
 
 class QuantLinear(nn.Module):
     """y = x @ weight.T + bias, with the weight (N, K) stored in `fmt`.
 
-    Buffers are named after the suffixes of the format's parts: `weight`, `weight_scale`. `adapters` are added to the
-    output one by one; they are not submodules, so whoever attaches one also moves and saves it.
+    Buffers are named after the suffixes of the format's parts: `weight`, `weight_scale`. Each of the `adapters` is
+    called in place of the layer, with its input and what computes the layer without it. They are not submodules and in
+    no state dict; those with a `move_` (see `adapters.SidePath`) are moved with the layer.
     """
 
     def __init__(
@@ -77,10 +79,14 @@ class QuantLinear(nn.Module):
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        out = dispatch.linear(x, self.fmt, self.parts, self.bias)
+        run = self.product
         for adapter in self.adapters:
-            out = out + adapter(x)
-        return out
+            run = partial(adapter, linear=run)
+        return run(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer without adapters."""
+        return dispatch.linear(x, self.fmt, self.parts, self.bias)
 
     def repack_(self) -> "QuantLinear":
         """Bring the rows into the order that GPUs load fastest (see `codecs.planar`), where that is another one.
@@ -138,6 +144,9 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """What every move and cast of a module goes through: parts take part in moves only."""
         packed = {id(part) for part in self.parts}
+        for adapter in self.adapters:
+            if hasattr(adapter, "move_"):
+                adapter.move_(keep_dtype(fn))
         return super()._apply(lambda tensor: (keep_dtype(fn) if id(tensor) in packed else fn)(tensor), recurse)
 
 

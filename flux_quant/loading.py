@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from flux_quant import arch
 from flux_quant.configs import clip_config, t5_config, vae_config
+from flux_quant.controlnet import ControlNet, ControlNetConfig, Joined
 from flux_quant.converters.checkpoint import CheckpointReader, load
 from flux_quant.converters.component import Component, open_component
 from flux_quant.embedding import QuantEmbedding
 from flux_quant.errors import UserError
+from flux_quant.families import Family
 from flux_quant.formats import FORMATS, QuantFormat
 from flux_quant.kernels.packed import take
 from flux_quant.linear import QuantLinear
@@ -55,6 +57,55 @@ def load_flux(path: str | Path) -> Flux:
         model = Flux(arch.FluxConfig.from_shapes(shapes_of(reader)))
     bind(model, reader)
     return model.eval()
+
+
+class BothNamings:
+    """A ControlNet's file in diffusers' names and, the blocks and embedders of FLUX.1, in BFL's: as a reader."""
+
+    def __init__(self, own: Component) -> None:
+        self.own, self.flux = own, Component(own, "", Family("FLUX.1", "", "diffusers"))
+        self.path = own.path
+        self.tensors = {**own.tensors, **self.flux.tensors}
+
+    def read(self, name: str) -> tuple[Tensor, ...]:
+        return (self.flux if name in self.flux.tensors else self.own).read(name)
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """diffusers' names of what a weight is made of, where that would have to be unpacked to become one."""
+        stored = self.flux.places.get(name)
+        if stored is None or len(stored.names) == 1 or self.flux.tensors[name].format != "f32":
+            return ()
+        return () if all(self.own.tensors[piece].format == "f32" for piece in stored.names) else stored.names
+
+
+def load_controlnet(path: str | Path, base: arch.FluxConfig) -> ControlNet:
+    """A net for models of that configuration, over the file's weights, on the CPU. Blocks without use stay in the file.
+
+    UserError that names the file if the net is incomplete, or one for other models.
+    """
+    reader = BothNamings(open_component(path, "FLUX ControlNet"))
+    try:
+        config = ControlNetConfig.from_shapes(shapes_of(reader), base)
+    except UserError as error:
+        raise UserError(f"{reader.path}: {error}") from None
+    with torch.device("meta"):
+        net = ControlNet(config)
+        sources = joined_(net, reader)
+    load_quantized_(net, reader, lambda name: sources.get(name, name))
+    return net.eval()
+
+
+def joined_(net: ControlNet, reader: BothNamings) -> dict[str, str]:
+    """Linears whose stored pieces cannot be one become several. Parameter -> tensor, for those."""
+    sources = {}
+    for path, layer in list(net.named_modules()):
+        if pieces := reader.pieces(f"{path}.weight") if isinstance(layer, nn.Linear) else ():
+            rows = [reader.own.tensors[piece].shape[0] for piece in pieces]
+            net.set_submodule(path, Joined([nn.Linear(layer.in_features, count) for count in rows]))
+            for i, piece in enumerate(pieces):
+                sources[f"{path}.parts.{i}.weight"] = piece
+                sources[f"{path}.parts.{i}.bias"] = f"{piece.removesuffix('.weight')}.bias"
+    return sources
 
 
 def load_t5(path: str | Path) -> "T5EncoderModel":

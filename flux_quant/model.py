@@ -8,7 +8,7 @@ Letters: B batch, S image tokens, T text tokens, L = T + S, D hidden width, H he
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,23 @@ class Modulation(NamedTuple):
 
 StepModulation = Mapping[nn.Module, Tensor]  # rows (B, N) of every modulation linear: `modulation` evaluates them
 Steering = Tensor | StepModulation  # vec (B, D), or what the modulation linears make of it, evaluated beforehand
+
+
+class Residuals(NamedTuple):
+    """What ControlNets add to the image tokens after each block of the model, (B, S, D) each; or nothing."""
+
+    double: Sequence[Tensor] = ()
+    single: Sequence[Tensor] = ()
+
+
+def plus(x: Tensor, residual: Tensor) -> Tensor:
+    """x + residual, within the range of float16 where that is the dtype: ControlNets reach beyond it."""
+    return finite(x + residual)
+
+
+def finite(x: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float16).max
+    return x.clamp(-largest, largest) if x.dtype == torch.float16 else x
 
 
 def steered(linear: nn.Module, steering: Steering) -> Tensor:
@@ -214,21 +231,27 @@ class Flux(nn.Module):
         txt_ids: Tensor,
         guidance: Tensor | None = None,
         steering: Steering | None = None,
+        residuals: Residuals = Residuals(),
     ) -> Tensor:
         """The velocity, (B, S, channels out).
 
         img (B, S, channels in) packed latents; txt (B, T, context) T5 features; pooled (B, pooled) CLIP vector;
         timestep (B,) from 1 (noise) to 0; ids (S, 3) and (T, 3) positions; guidance (B,) scale, for guided models.
         With `steering`, the vector or what the modulations make of it, pooled, timestep and guidance are not used.
+        residuals: for every block of a kind, or for none of it.
         """
         vec = self.steering(pooled, timestep, guidance, img.dtype) if steering is None else steering
         cos, sin = rotary_angles(torch.cat([txt_ids, img_ids]), self.config.rope_axes)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block in self.double_blocks:
+        for i, block in enumerate(self.double_blocks):
             img, txt = block(img, txt, vec, cos, sin)
+            if residuals.double:
+                img = plus(img, residuals.double[i])
         x = torch.cat([txt, img], dim=1)
-        for block in self.single_blocks:
+        for i, block in enumerate(self.single_blocks):
             x = block(x, vec, cos, sin)
+            if residuals.single:
+                x[:, txt.shape[1] :] = plus(x[:, txt.shape[1] :], residuals.single[i])
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
     def steering(self, pooled: Tensor, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -49,9 +49,11 @@ Visit = Callable[[nn.Module, torch.device], AbstractContextManager[None]]
 
 
 @contextmanager
-def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module's weights lie on the device inside, as copies; afterwards it has its own tensors again."""
-    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+def visiting(module: nn.Module, device: torch.device, left: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """The module's weights, without those parts, lie on the device inside, as copies; then it has its own again."""
+    stay = {id(part) for other in left for part in other.modules()}
+    parts = [part for part in module.modules() if id(part) not in stay]
+    tables = [table for part in parts for table in (part._parameters, part._buffers)]
     own = [(table, name, value) for table in tables for name, value in table.items() if value is not None]
     try:
         for table, name, value in own:

@@ -19,24 +19,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_quant import preview, vae
 from flux_quant.arch import FluxConfig
 from flux_quant.components import Components
 from flux_quant.configs import vae_config
 from flux_quant.converters.component import open_component
-from flux_quant.encoders import Placement
+from flux_quant.drawing import preview, vae
+from flux_quant.drawing.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
+from flux_quant.drawing.pictures import composite, latent_mask, read_mask, read_picture, save_png, to_images
+from flux_quant.drawing.request import Request
+from flux_quant.drawing.sampling import Callback, Conditioning, Drawing, StepState, denoise, no_progress, steering_calls
 from flux_quant.errors import UserError
-from flux_quant.footprint import TextEncoder, Work
-from flux_quant.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
 from flux_quant.loading import load_flux, load_vae, shapes_of
 from flux_quant.model import Flux, pack_latents, unpack_latents
 from flux_quant.modulation import HoistedModulation
-from flux_quant.pictures import composite, latent_mask, read_mask, read_picture, save_png, to_images
-from flux_quant.planner import Plan
-from flux_quant.request import Request
+from flux_quant.planner.footprint import TextEncoder, Work
+from flux_quant.planner.plan import Plan
 from flux_quant.runtime import Memory, Residence, Whole, prepare, sizes_of
-from flux_quant.sampling import Callback, Conditioning, Drawing, StepState, denoise, no_progress, steering_calls
-from flux_quant.text import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
+from flux_quant.text.encode import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
+from flux_quant.text.encoders import Placement
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -22,17 +22,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from flux_quant import planner
-from flux_quant.doctor import diagnose, machine_of
 from flux_quant.errors import UserError
-from flux_quant.footprint import CONTEXT, Model, TextEncoder, Work
-from flux_quant.gpus import Machine
 from flux_quant.kernels import fallback
 from flux_quant.linear import QuantLinear, repack_, set_compute_
-from flux_quant.memory import Budget, amount, parse_amount
 from flux_quant.modulation import hoisted_modules, move_without_
-from flux_quant.planner import Plan, Seen
-from flux_quant.steptime import Host
+from flux_quant.planner import plan as planner
+from flux_quant.planner.doctor import diagnose, machine_of
+from flux_quant.planner.footprint import CONTEXT, Model, TextEncoder, Work
+from flux_quant.planner.gpus import Machine
+from flux_quant.planner.memory import Budget, amount, parse_amount
+from flux_quant.planner.plan import Plan, Seen
+from flux_quant.planner.steptime import Host
 from flux_quant.streaming import BlockStreamer, StreamPlan, block_bytes, pin_budget, rings_for
 from flux_quant.streaming.device import StreamDevice
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from flux_quant.arch import FluxConfig, running_order
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE
 from flux_quant.converters.recipe import build
-from flux_quant.footprint import Tensors, Work
 from flux_quant.kernels import fused
 from flux_quant.model import Flux, image_ids, text_ids
+from flux_quant.planner.footprint import Tensors, Work
 
 SUFFIXES = {"bf16": ".safetensors", "fp8": ".safetensors"}
 FORMATS = ("bf16", "fp8", "q8_0", "q5_k_s", "q4_k_s")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_quant import doctor, rates
 from flux_quant.cli import main
-from flux_quant.doctor import GpuReport, diagnose, machine_of
-from flux_quant.rates import Effort
+from flux_quant.planner import doctor, rates
+from flux_quant.planner.doctor import GpuReport, diagnose, machine_of
+from flux_quant.planner.rates import Effort
 
 BRIEF = Effort(seconds=0.001, cpu_side=64, copy_bytes=1 << 20, disk_bytes=1 << 20)
 CARD = GpuReport(

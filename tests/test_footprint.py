@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from flux_quant import footprint, phases, vae
+from flux_quant.drawing import vae
 from flux_quant.errors import UserError
-from flux_quant.footprint import Model, TextEncoder, Work, activation_bytes, t5_xxl
 from flux_quant.formats import FORMATS as ALL_FORMATS
 from flux_quant.kernels import torch_path
 from flux_quant.linear import QuantLinear
 from flux_quant.model import Flux
+from flux_quant.planner import footprint, phases
+from flux_quant.planner.footprint import Model, TextEncoder, Work, activation_bytes, t5_xxl
 from flux_quant.streaming import block_bytes
 from live_bytes import FORMATS, LiveBytes, as_on_a_card, config, peak_of_a_pass, tensors_of
 

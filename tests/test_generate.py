@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_quant import latents, pipeline, runtime, vae
+from flux_quant import pipeline, runtime
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
+from flux_quant.drawing import latents, vae
+from flux_quant.drawing.latents import load_latents
+from flux_quant.drawing.request import Request
+from flux_quant.drawing.vae import Memory
 from flux_quant.errors import UserError
-from flux_quant.latents import load_latents
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.modulation import hoisted_modules
 from flux_quant.pipeline import LatentFiles, generate
-from flux_quant.request import Request
-from flux_quant.vae import Memory
 
 PROMPT = "large red apple on a white background"
 GENERATE = ["generate", "--model", str(BUNDLED), "--prompt", PROMPT, "--steps", "3", "--no-prompt-cache"]

@@ -9,10 +9,10 @@ from PIL import Image
 
 from flux_quant.benchmarks.preview_factors import samples
 from flux_quant.converters.checkpoint import open_checkpoint
+from flux_quant.drawing.latents import Latents, load_latents, save_latents
+from flux_quant.drawing.pictures import composite, latent_mask, read_mask, read_picture, to_images
+from flux_quant.drawing.preview import FACTORS, fit, to_rgb
 from flux_quant.errors import UserError
-from flux_quant.latents import Latents, load_latents, save_latents
-from flux_quant.pictures import composite, latent_mask, read_mask, read_picture, to_images
-from flux_quant.preview import FACTORS, fit, to_rgb
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
 from flux_quant.converters.plan import make_plan
+from flux_quant.drawing.vae import decode
 from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_vae
 from flux_quant.naming import vae_to_diffusers
 from flux_quant.pipeline import Request, generate, save_png, starting_noise
-from flux_quant.vae import decode
 
 PROMPT = "large red apple on a white background"
 

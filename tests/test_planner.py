@@ -6,13 +6,13 @@ from itertools import pairwise, product
 
 import pytest
 
-from flux_quant import phases
 from flux_quant.errors import UserError
-from flux_quant.footprint import FORMAT_OF, Model, Work, t5_xxl
-from flux_quant.gpus import GPUS, find_gpu
-from flux_quant.memory import Budget, amount, parse_amount
-from flux_quant.planner import Plan, Seen, block_times, pass_seconds, plan, replan, resident_order, spread_order
-from flux_quant.steptime import Host, simulate, step_seconds
+from flux_quant.planner import phases
+from flux_quant.planner.footprint import FORMAT_OF, Model, Work, t5_xxl
+from flux_quant.planner.gpus import GPUS, find_gpu
+from flux_quant.planner.memory import Budget, amount, parse_amount
+from flux_quant.planner.plan import Plan, Seen, block_times, pass_seconds, plan, replan, resident_order, spread_order
+from flux_quant.planner.steptime import Host, simulate, step_seconds
 from flux_quant.streaming import Ring, StreamPlan
 from live_bytes import FORMATS, config, tensors_of
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_quant import encoders, identity, text
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
-from flux_quant.encoders import Placement
 from flux_quant.errors import UserError
 from flux_quant.pipeline import Request, encode
-from flux_quant.prompt_cache import Entry, PromptCache
-from flux_quant.text import TextFeatures, TextOptions
+from flux_quant.text import encode as text
+from flux_quant.text import encoders, identity
+from flux_quant.text.encode import TextFeatures, TextOptions
+from flux_quant.text.encoders import Placement
+from flux_quant.text.prompt_cache import Entry, PromptCache
 
 PROMPT = "large (red:1.3) apple"
 
@@ -254,7 +255,7 @@ HAMMER = """
 import random, sys
 from pathlib import Path
 import torch
-from flux_quant.prompt_cache import Entry, PromptCache
+from flux_quant.text.prompt_cache import Entry, PromptCache
 
 cache, hits = PromptCache(Path(sys.argv[1]), 20_000), 0
 for i in random.Random(sys.argv[2]).choices(range(20), k=250):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_quant.prompts import Prompt, parse
+from flux_quant.text.prompts import Prompt, parse
 
 COMFYUI = {  # as its `token_weights` reads them
     "a red fox": [("a red fox", 1)],

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from flux_quant.drawing.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
+from flux_quant.drawing.schedules import noise_levels
 from flux_quant.errors import UserError
-from flux_quant.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
-from flux_quant.schedules import noise_levels
 
 IMAGE = Path("given.png")
 REFUSED = {  # changes -> what the line says

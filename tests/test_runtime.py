@@ -7,20 +7,21 @@ import torch
 from stream_backends import ThreadDevice
 from torch import Tensor
 
-from flux_quant import planner, runtime
+from flux_quant import runtime
 from flux_quant.components import BUNDLED, find_components
+from flux_quant.drawing.request import Request
+from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
+from flux_quant.drawing.schedules import noise_levels
 from flux_quant.errors import UserError
-from flux_quant.footprint import Model, Work, t5_xxl
-from flux_quant.gpus import find_gpu
 from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.loading import load_flux
-from flux_quant.memory import Budget
 from flux_quant.modulation import HoistedModulation
 from flux_quant.pipeline import generate
-from flux_quant.request import Request
-from flux_quant.sampling import Conditioning, Drawing, denoise
-from flux_quant.schedules import noise_levels
-from flux_quant.steptime import Host
+from flux_quant.planner import plan as planner
+from flux_quant.planner.footprint import Model, Work, t5_xxl
+from flux_quant.planner.gpus import find_gpu
+from flux_quant.planner.memory import Budget
+from flux_quant.planner.steptime import Host
 from flux_quant.streaming import StreamPlan, block_bytes, rings_for, spread_evenly
 
 GB = 10**9

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.components import BUNDLED, Components, find_components
+from flux_quant.drawing.pictures import latent_mask
+from flux_quant.drawing.request import Request
+from flux_quant.drawing.sampling import Drawing, StepState, denoise, first_not_finite
+from flux_quant.drawing.vae import encode as encode_picture
 from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents
-from flux_quant.pictures import latent_mask
 from flux_quant.pipeline import Given, encode, make_drawing
-from flux_quant.request import Request
-from flux_quant.sampling import Drawing, StepState, denoise, first_not_finite
-from flux_quant.text import TextFeatures
-from flux_quant.vae import encode as encode_picture
+from flux_quant.text.encode import TextFeatures
 
 PROMPT, AWAY = "large red apple on a white background", "octopus"
 SIZE = (96, 80)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from flux_quant import schedules
+from flux_quant.drawing import schedules
+from flux_quant.drawing.sampling import make_scheduler
+from flux_quant.drawing.schedules import beta_quantile, from_denoise, from_strength, incomplete_beta, noise_levels
 from flux_quant.errors import UserError
-from flux_quant.sampling import make_scheduler
-from flux_quant.schedules import beta_quantile, from_denoise, from_strength, incomplete_beta, noise_levels
 
 SIZES = {  # width, height -> tokens, mu
     (256, 256): (256, 0.5000),

@@ -17,13 +17,13 @@ from flux_quant.components import BUNDLED
 from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import Component
 from flux_quant.converters.container import TensorInfo
-from flux_quant.encoders import PRECISIONS, Placement, t5_states
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_clip, load_t5
-from flux_quant.text import TextOptions, encode_clip, encode_t5
-from flux_quant.tokenizers import load_tokenizer, longest, tokenizer_folder
+from flux_quant.text.encode import TextOptions, encode_clip, encode_t5
+from flux_quant.text.encoders import PRECISIONS, Placement, t5_states
+from flux_quant.text.tokenizers import load_tokenizer, longest, tokenizer_folder
 
 T5, CLIP = BUNDLED / "text_encoders/t5.safetensors", BUNDLED / "text_encoders/clip_l.safetensors"
 TOKENIZERS = BUNDLED / "tokenizers"

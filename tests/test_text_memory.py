@@ -12,7 +12,7 @@ import json, sys
 from pathlib import Path
 import torch
 from flux_quant.benchmarks.text_memory import forget_peak, memory
-from flux_quant.encoders import Placement, t5_states
+from flux_quant.text.encoders import Placement, t5_states
 
 def grown(budget):
     forget_peak()

@@ -12,12 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_quant import vae
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
 from flux_quant.components import BUNDLED, find_components
+from flux_quant.drawing import vae
+from flux_quant.drawing.vae import (
+    Memory,
+    PlaneNorm,
+    Tiling,
+    decode,
+    encode,
+    places,
+    ramps,
+    run_tiled,
+    tiles_that_fit,
+    tilings,
+)
 from flux_quant.errors import UserError
 from flux_quant.loading import load_vae
-from flux_quant.vae import Memory, PlaneNorm, Tiling, decode, encode, places, ramps, run_tiled, tiles_that_fit, tilings
 
 GRIDS = [(12, 12), (16, 17), (40, 23), (64, 64), (90, 160), (128, 128), (134, 240), (16, 300)]
 

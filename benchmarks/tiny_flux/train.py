@@ -42,10 +42,10 @@ from flux_quant.benchmarks.tiny_flux.tokenizers import (
 )
 from flux_quant.components import find_components
 from flux_quant.converters.checkpoint import load, open_checkpoint
+from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
+from flux_quant.drawing.schedules import noise_levels
 from flux_quant.loading import load_vae
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
-from flux_quant.sampling import Conditioning, Drawing, denoise
-from flux_quant.schedules import noise_levels
 
 GRID = (6, 6)  # 2 x 2 latent patches of a 96-pixel picture
 WIDTH = 128  # of both text encoders

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.components import Components
+from flux_quant.drawing.sampling import make_scheduler
 from flux_quant.loading import load_clip, load_flux, load_t5, load_vae
 from flux_quant.model import Flux, StepModulation
 from flux_quant.modulation import Call, HoistedModulation
-from flux_quant.sampling import make_scheduler
-from flux_quant.tokenizers import load_tokenizer
+from flux_quant.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux_quant.encoders import Placement, clip_states, t5_states
 from flux_quant.errors import UserError
-from flux_quant.identity import content, identity
-from flux_quant.prompt_cache import Entry, Key, PromptCache
-from flux_quant.prompts import Prompt, parse
-from flux_quant.tokenizers import load_tokenizer, longest, tokenizer_folder, tokens
+from flux_quant.text.encoders import Placement, clip_states, t5_states
+from flux_quant.text.identity import content, identity
+from flux_quant.text.prompt_cache import Entry, Key, PromptCache
+from flux_quant.text.prompts import Prompt, parse
+from flux_quant.text.tokenizers import load_tokenizer, longest, tokenizer_folder, tokens
 
 LONGEST = 512  # tokens of T5; a tokenizer may have been made for fewer
 CLIP_LENGTH = 77  # tokens, begin and end among them; what follows is T5's alone

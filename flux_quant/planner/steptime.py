@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from flux_quant.footprint import Block, Model, TextEncoder, Work
-from flux_quant.gpus import Machine
+from flux_quant.planner.footprint import Block, Model, TextEncoder, Work
+from flux_quant.planner.gpus import Machine
 from flux_quant.streaming import StreamPlan
 from flux_quant.streaming.memory import RESERVE, SHARE
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from flux_quant.gpus import CPU_FLOPS, DISK, Machine
 from flux_quant.kernels import fallback, fused, tables
-from flux_quant.memory import amount
-from flux_quant.rates import DTYPES, Effort, attention_rate, copy_rates, cpu_rate, disk_rate, gpu_rates
+from flux_quant.planner.gpus import CPU_FLOPS, DISK, Machine
+from flux_quant.planner.memory import amount
+from flux_quant.planner.rates import DTYPES, Effort, attention_rate, copy_rates, cpu_rate, disk_rate, gpu_rates
 from flux_quant.streaming import pin_budget
 from flux_quant.streaming.memory import linux_memory, total_ram
 

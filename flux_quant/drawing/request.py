@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flux_quant.drawing.schedules import SCHEDULES, from_denoise, from_strength, noise_levels
 from flux_quant.errors import UserError
-from flux_quant.schedules import SCHEDULES, from_denoise, from_strength, noise_levels
 
 PATCH = 16  # pixels of a token: 8 of the VAE times 2
 STRENGTH = 0.6  # diffusers' default for FLUX.1

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from flux_quant import options as opt
 from flux_quant.errors import UserError
+from flux_quant.verbs import options as opt
 
 if TYPE_CHECKING:
     import torch
 
-    from flux_quant.encoders import Placement
     from flux_quant.pipeline import Result
     from flux_quant.runtime import Memory
+    from flux_quant.text.encoders import Placement
 
 
 def register(app: typer.Typer) -> None:
@@ -68,13 +68,13 @@ def generate(
     from flux_quant import console
     from flux_quant.components import find_components, picture_size, recommended_size
     from flux_quant.converters.shards import parse_size
-    from flux_quant.latents import LatentFiles
+    from flux_quant.drawing.latents import LatentFiles
+    from flux_quant.drawing.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
     from flux_quant.linear import COMPUTES
     from flux_quant.pipeline import choose_device, previewer
     from flux_quant.pipeline import generate as make
-    from flux_quant.prompt_cache import PromptCache
-    from flux_quant.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
-    from flux_quant.text import TextOptions
+    from flux_quant.text.encode import TextOptions
+    from flux_quant.text.prompt_cache import PromptCache
 
     if (width is None) != (height is None) or width is not None and size is not None:
         raise UserError("give --width and --height together, or --size")
@@ -121,8 +121,8 @@ def memory_of(device: "torch.device", vram: str | None, ram: str | None) -> "Mem
 
 def text_placement(device: "torch.device", ram: str | None) -> "Placement":
     """T5 on the processor under a budget of RAM; on a GPU the plan places it."""
-    from flux_quant.encoders import Placement
-    from flux_quant.memory import parse_amount
+    from flux_quant.planner.memory import parse_amount
+    from flux_quant.text.encoders import Placement
 
     if ram is None or device.type == "cuda":
         return Placement()
@@ -139,8 +139,8 @@ def decode(
 ) -> None:
     """Make the picture of saved latents: after a failure, on another machine, or with another VAE."""
     from flux_quant import console
+    from flux_quant.drawing.request import picture_paths
     from flux_quant.pipeline import choose_device, decode_file
-    from flux_quant.request import picture_paths
 
     check_pictures([output], force)
     use_threads(threads)
@@ -161,7 +161,7 @@ def check_pictures(paths: Sequence[Path], force: bool) -> None:
 
 
 def save_pictures(result: "Result", paths: Sequence[Path], force: bool) -> None:
-    from flux_quant.pictures import save_png
+    from flux_quant.drawing.pictures import save_png
 
     for i, (picture, path) in enumerate(zip(result.images, paths, strict=True)):
         save_png(picture, path, result.settings_of(i), force)

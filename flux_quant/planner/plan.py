@@ -12,12 +12,12 @@ of which every beginning is spread evenly, so that more memory adds residents an
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from flux_quant import phases
-from flux_quant.footprint import Model, TextEncoder, Work
-from flux_quant.gpus import Machine
-from flux_quant.memory import RESERVE, Budget, amount
-from flux_quant.phases import Phase
-from flux_quant.steptime import Host, block_seconds, simulate
+from flux_quant.planner import phases
+from flux_quant.planner.footprint import Model, TextEncoder, Work
+from flux_quant.planner.gpus import Machine
+from flux_quant.planner.memory import RESERVE, Budget, amount
+from flux_quant.planner.phases import Phase
+from flux_quant.planner.steptime import Host, block_seconds, simulate
 from flux_quant.streaming import Ring, StreamPlan
 
 # Slots for double and for single blocks; None: single blocks pass through the slots of the double ones. With one slot

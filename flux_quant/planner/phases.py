@@ -6,12 +6,13 @@ Each phase has its own weights: text encoder, modulation, blocks, VAE are never 
 from dataclasses import dataclass, replace
 from math import ceil
 
-from flux_quant import footprint, vae
+from flux_quant.drawing import vae
 from flux_quant.errors import UserError
-from flux_quant.footprint import BYTES, CONTEXT, FRAGMENTS, Model, TextEncoder, Work
-from flux_quant.gpus import Machine
-from flux_quant.memory import Budget, amount
-from flux_quant.steptime import Host, text_seconds
+from flux_quant.planner import footprint
+from flux_quant.planner.footprint import BYTES, CONTEXT, FRAGMENTS, Model, TextEncoder, Work
+from flux_quant.planner.gpus import Machine
+from flux_quant.planner.memory import Budget, amount
+from flux_quant.planner.steptime import Host, text_seconds
 from flux_quant.streaming import StreamPlan
 
 VAE_WEIGHTS = 83_819_683  # values

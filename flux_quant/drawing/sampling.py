@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_quant import schedules
+from flux_quant.drawing import schedules
 from flux_quant.errors import UserError
 from flux_quant.model import Flux, StepModulation, image_ids, text_ids, unpack_latents
 from flux_quant.modulation import Call, HoistedModulation

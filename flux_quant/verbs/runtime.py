@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flux_quant import options as opt
 from flux_quant.errors import UserError
+from flux_quant.verbs import options as opt
 
 if TYPE_CHECKING:
-    from flux_quant.footprint import Model, TextEncoder
-    from flux_quant.gpus import Machine
-    from flux_quant.memory import Budget
-    from flux_quant.planner import Plan
-    from flux_quant.steptime import Host
+    from flux_quant.planner.footprint import Model, TextEncoder
+    from flux_quant.planner.gpus import Machine
+    from flux_quant.planner.memory import Budget
+    from flux_quant.planner.plan import Plan
+    from flux_quant.planner.steptime import Host
 
 ASSUMED = "rtx-3060-12gb"  # whose rates are taken where a budget is all that is known
 
@@ -59,10 +59,10 @@ def plan(
     json: opt.Json = False,
 ) -> None:
     """Predict what fits a graphics card: which blocks stay, peaks of memory, seconds of a step. Reads headers only."""
-    from flux_quant import planner
     from flux_quant.components import picture_size
     from flux_quant.converters.component import open_component
-    from flux_quant.footprint import Model, Work
+    from flux_quant.planner import plan as planner
+    from flux_quant.planner.footprint import Model, Work
 
     reader = open_component(file, "FLUX.1")
     model = Model.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
@@ -92,8 +92,8 @@ def doctor(json: opt.Json = False, refresh: Refresh = False) -> None:
     from dataclasses import asdict
 
     from flux_quant import console
-    from flux_quant import doctor as checks
     from flux_quant.kernels.tables import cache_folder
+    from flux_quant.planner import doctor as checks
 
     place = checks.report_file(cache_folder())
     if not place.exists() or refresh:
@@ -123,9 +123,9 @@ def surroundings(gpu: str | None, vram: str | None, ram: str | None) -> tuple["M
     """The machine to plan for, the budget, RAM, and what was assumed. UserError if there is nothing to go by."""
     from dataclasses import replace
 
-    from flux_quant.gpus import DISPLAY, GPUS, find_gpu
-    from flux_quant.memory import Budget, amount, parse_amount
-    from flux_quant.steptime import Host
+    from flux_quant.planner.gpus import DISPLAY, GPUS, find_gpu
+    from flux_quant.planner.memory import Budget, amount, parse_amount
+    from flux_quant.planner.steptime import Host
 
     windows = sys.platform == "win32"
     host = Host.of(parse_amount(ram, "RAM"), windows) if ram else None
@@ -138,7 +138,7 @@ def surroundings(gpu: str | None, vram: str | None, ram: str | None) -> tuple["M
     import torch
 
     if torch.cuda.is_available():
-        from flux_quant.doctor import diagnose, machine_of
+        from flux_quant.planner.doctor import diagnose, machine_of
 
         report = diagnose()
         machine = machine_of(report)
@@ -159,7 +159,7 @@ def text_encoder(file: Path, t5: Path | None) -> tuple["TextEncoder", list[str]]
     """That of the file, or of the one beside the model, or FLUX.1's own in Q8_0, and what was assumed."""
     from flux_quant.components import choose
     from flux_quant.converters.component import open_component
-    from flux_quant.footprint import TextEncoder, t5_xxl
+    from flux_quant.planner.footprint import TextEncoder, t5_xxl
 
     if t5 is None:
         try:
@@ -176,7 +176,7 @@ def bytes_of(files: list[Path] | None) -> int:
 
 def show(file: Path, made: "Plan", notes: list[str]) -> None:
     from flux_quant import console
-    from flux_quant.memory import amount
+    from flux_quant.planner.memory import amount
 
     screen = console.stdout()
     work, stream = made.work, made.stream
@@ -201,7 +201,7 @@ def show(file: Path, made: "Plan", notes: list[str]) -> None:
 
 def blocks_table(model: "Model", stream: object) -> object:
     from flux_quant import console
-    from flux_quant.memory import amount
+    from flux_quant.planner.memory import amount
 
     out = console.table("blocks", "each", "stay", "stream", "through")
     for kind in (True, False):

@@ -1,0 +1,1 @@
+"""Prompts become numbers: syntax, tokens, both encoders, and a cache of what they gave."""

@@ -1,0 +1,1 @@
+"""Verbs of the command line that `cli` registers, and the options they take."""
