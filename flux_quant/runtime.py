@@ -120,6 +120,7 @@ class Memory:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.empty_cache()
 
     @property
     def place(self) -> torch.device:
