@@ -40,6 +40,9 @@ class Residuals(NamedTuple):
     single: Sequence[Tensor] = ()
 
 
+NO_RESIDUALS = Residuals()
+
+
 def plus(x: Tensor, residual: Tensor) -> Tensor:
     """x + residual, within the range of float16 where that is the dtype: ControlNets reach beyond it."""
     return finite(x + residual)
@@ -231,7 +234,7 @@ class Flux(nn.Module):
         txt_ids: Tensor,
         guidance: Tensor | None = None,
         steering: Steering | None = None,
-        residuals: Residuals = Residuals(),
+        residuals: Residuals = NO_RESIDUALS,
     ) -> Tensor:
         """The velocity, (B, S, channels out).
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flux_quant.controlnet import Control, Controls
 from flux_quant.drawing import schedules
 from flux_quant.errors import UserError
-from flux_quant.model import Flux, StepModulation, image_ids, text_ids, unpack_latents
+from flux_quant.model import Flux, Residuals, StepModulation, image_ids, text_ids, unpack_latents
 from flux_quant.modulation import Call, HoistedModulation
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ class Conditioning(NamedTuple):
 
     txt: Tensor
     pooled: Tensor
+
+
+class Reference(NamedTuple):
+    """A picture that Kontext sees: clean tokens (1 or B, R, C) behind the drawn ones, and their ids (R, 3)."""
+
+    tokens: Tensor
+    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,15 @@ class Drawing:
     cfg_range: tuple[float, float] = (0.0, 1.0)  # where it acts, in parts of the steps
     known: Tensor | None = None  # (1 or B, S, C) clean latents of a given picture
     mask: Tensor | None = None  # (1 or B, S, C): 1 where that picture is drawn anew, 0 where it is kept
+    controls: Sequence[Control] = ()
+    beside: Tensor | None = None  # (1 or B, S, channels) that Fill, Canny and Depth read beside the latents
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.known is None:
             raise ValueError("a mask needs the latents of the picture that it keeps")
+        if self.controls and self.reference is not None:
+            raise ValueError("ControlNets have nothing to say of the tokens of a reference")
         if not isinstance(self.guidance, float | int) and len(self.guidance) != self.steps:
             raise ValueError(f"{len(self.guidance)} values of guidance for {self.steps} steps")
 
@@ -77,7 +90,7 @@ class StepState:
 
 
 Callback = Callable[[StepState], None]
-Inputs = Mapping[str, Tensor | StepModulation | None]  # of one forward pass, by the engine's names
+Inputs = Mapping[str, Tensor | StepModulation | Residuals | None]  # of one forward pass, by the engine's names
 
 
 def no_progress(steps: Iterable[int]) -> Iterable[int]:
@@ -86,16 +99,29 @@ def no_progress(steps: Iterable[int]) -> Iterable[int]:
 
 def steering_calls(drawing: Drawing, guided: bool) -> list[Call]:
     """Everything that steers the model in this drawing: step by step, the negative text after the other."""
+    return [call for calls in calls_of_steps(drawing, guided) for call in calls]
+
+
+def calls_of_steps(drawing: Drawing, guided: bool) -> list[list[Call]]:
     batch = len(drawing.noise)
     return [
-        Call(
-            torch.full((batch,), drawing.levels[step]),
-            conditioning.pooled.expand(batch, -1),
-            torch.full((batch,), drawing.guidance_at(step)) if guided else None,
-        )
+        [
+            Call(
+                torch.full((batch,), drawing.levels[step]),
+                conditioning.pooled.expand(batch, -1),
+                torch.full((batch,), drawing.guidance_at(step)) if guided else None,
+            )
+            for conditioning in drawing.passes(step)
+        ]
         for step in range(drawing.steps)
-        for conditioning in drawing.passes(step)
     ]
+
+
+def controls_of(model: Flux, drawing: Drawing, device: torch.device | str, dtype: torch.dtype) -> Controls:
+    """The nets of a drawing, their modulation evaluated. It is kept: a second call costs nothing."""
+    return Controls(
+        drawing.controls, model.config, lambda guided: calls_of_steps(drawing, guided), torch.device(device), dtype
+    )
 
 
 @torch.no_grad()
@@ -116,19 +142,29 @@ def denoise(
     rows = iter(modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype))
     noise, levels = drawing.noise.float(), drawing.levels
     x = noise if drawing.known is None else noised(drawing.known, noise, levels[0])
-    watch = Watch(model, drawing)
-    for step in progress(range(drawing.steps)):
-        passes = [model_inputs(drawing, x, conditioning, next(rows), dtype) for conditioning in drawing.passes(step)]
-        velocity = guided_velocity([model(**inputs).float() for inputs in passes], drawing.cfg)
-        before, x = x, x + (levels[step + 1] - levels[step]) * velocity
-        if drawing.mask is not None:
-            x = drawing.mask * x + (1 - drawing.mask) * noised(drawing.known, noise, levels[step + 1])
-        watch.after(step, x, passes)
-        if callback is not None:
-            estimate = before - levels[step] * velocity
-            pictures = (unpack_latents(tokens, *drawing.grid) for tokens in (x, estimate))
-            callback(StepState(step, drawing.steps, levels[step], levels[step + 1], *pictures))
-    watch.finish()
+    with controls_of(model, drawing, device, dtype) as controls:
+        watch = Watch(model, drawing, controls)
+        for step in progress(range(drawing.steps)):
+            passes = [
+                model_inputs(drawing, x, conditioning, next(rows), dtype) for conditioning in drawing.passes(step)
+            ]
+            velocity = guided_velocity(
+                [
+                    model(**inputs, residuals=controls.residuals(step, i, inputs))[:, : x.shape[1]].float()
+                    for i, inputs in enumerate(passes)
+                ],
+                drawing.cfg,
+            )
+            controls.after(step)
+            before, x = x, x + (levels[step + 1] - levels[step]) * velocity
+            if drawing.mask is not None:
+                x = drawing.mask * x + (1 - drawing.mask) * noised(drawing.known, noise, levels[step + 1])
+            watch.after(step, x, passes)
+            if callback is not None:
+                estimate = before - levels[step] * velocity
+                pictures = (unpack_latents(tokens, *drawing.grid) for tokens in (x, estimate))
+                callback(StepState(step, drawing.steps, levels[step], levels[step + 1], *pictures))
+        watch.finish()
     return x
 
 
@@ -147,12 +183,18 @@ def guided_velocity(velocities: list[Tensor], cfg: float) -> Tensor:
 def model_inputs(
     drawing: Drawing, x: Tensor, conditioning: Conditioning, rows: StepModulation, dtype: torch.dtype
 ) -> dict[str, Tensor | StepModulation | None]:
+    img, ids = x.to(dtype), image_ids(*drawing.grid, device=x.device)
+    if drawing.beside is not None:
+        img = torch.cat([img, drawing.beside.to(dtype).expand(len(x), -1, -1)], dim=2)
+    if drawing.reference is not None:
+        img = torch.cat([img, drawing.reference.tokens.to(dtype).expand(len(x), -1, -1)], dim=1)
+        ids = torch.cat([ids, drawing.reference.ids.to(ids)])
     return dict(
-        img=x.to(dtype),
+        img=img,
         txt=conditioning.txt.to(dtype).expand(len(x), -1, -1),
         pooled=None,
         timestep=None,
-        img_ids=image_ids(*drawing.grid, device=x.device),
+        img_ids=ids,
         txt_ids=text_ids(conditioning.txt.shape[1], device=x.device),
         steering=rows,
     )
@@ -161,8 +203,8 @@ def model_inputs(
 class Watch:
     """Stops a drawing whose latents are no longer finite. It looks one step back, so that the device never idles."""
 
-    def __init__(self, model: nn.Module, drawing: Drawing) -> None:
-        self.model, self.drawing = model, drawing
+    def __init__(self, model: nn.Module, drawing: Drawing, controls: Controls) -> None:
+        self.model, self.drawing, self.controls = model, drawing, controls
         self.pending: tuple[int, Tensor, list[Inputs]] | None = None
 
     def after(self, step: int, x: Tensor, passes: list[Inputs]) -> None:
@@ -176,7 +218,8 @@ class Watch:
         step, finite, passes = self.pending
         if finite:
             return
-        found = (first_not_finite(self.model, inputs) for inputs in passes)
+        again = ({**given, "residuals": self.controls.residuals(step, i, given)} for i, given in enumerate(passes))
+        found = (first_not_finite(self.model, inputs) for inputs in again)
         where = next((name for name in found if name), "the sum of the step: a second pass shows none")
         levels = self.drawing.levels
         raise UserError(
@@ -187,10 +230,11 @@ class Watch:
 
 def first_not_finite(model: nn.Module, inputs: Inputs) -> str | None:
     """The first input, or the first module in order of work, that has values which are not finite. One more pass."""
+    names = {"img": "the latents before it", "txt": "the text", "steering": "the modulation"}
+    names["residuals"] = "what ControlNets add"
     for name, value in inputs.items():
-        values = value.values() if isinstance(value, Mapping) else [value]
-        if any(tensor is not None and not tensor.isfinite().all() for tensor in values):
-            return {"img": "the latents before it", "txt": "the text", "steering": "the modulation"}.get(name, name)
+        if not all(tensor.isfinite().all() for tensor in tensors_in(value)):
+            return names.get(name, name)
     found: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
@@ -213,8 +257,8 @@ def first_not_finite(model: nn.Module, inputs: Inputs) -> str | None:
 def tensors_in(output: object) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, tuple | list):
-        for part in output:
+    elif isinstance(output, tuple | list | Mapping):
+        for part in output.values() if isinstance(output, Mapping) else output:
             yield from tensors_in(part)
 
 
