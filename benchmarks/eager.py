@@ -27,7 +27,8 @@ def halves(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def shifted(data: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     """(n, ..., e) uint8 -> (n, ..., len(shifts), e) uint8."""
-    amounts = torch.tensor(shifts, dtype=torch.uint8, device=data.device).view(-1, 1)
+    step = shifts[1] - shifts[0]  # made on the device: nothing is copied there, which a captured graph forbids
+    amounts = torch.arange(0, step * len(shifts), step, dtype=torch.uint8, device=data.device).view(-1, 1)
     return data.unsqueeze(-2) >> amounts & mask
 
 

@@ -3,6 +3,8 @@
 Fields are in the order of the C structs in ggml-common.h, values as in ggml-quants.c `dequantize_row_iq4_*`.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -38,5 +40,11 @@ def unpack_iq4_xs(data: Tensor) -> Tensor:
 
 
 def values_of(codes: Tensor) -> Tensor:
-    table = torch.tensor(VALUES, dtype=torch.float32, device=codes.device)
-    return table[codes.int()]
+    plain = type(codes) is Tensor  # a traced or fake one must not leave its like behind
+    return (table if plain else table.__wrapped__)(codes.device)[codes.int()]
+
+
+@cache
+def table(device: torch.device) -> Tensor:
+    """VALUES, once on each device: a copy at every call would wait for the device, and no graph could be captured."""
+    return torch.tensor(VALUES, dtype=torch.float32, device=device)
