@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.components import Components
+from flux_quant.drawing.given import PLAIN, kind_of
 from flux_quant.errors import UserError
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
-from flux_quant.pipeline import Request, denoise_batch, encode, refuse_image_inputs
+from flux_quant.pipeline import Request, denoise_batch, encode
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,7 +79,8 @@ def calibrate(
     """Denoise every request and watch; nothing is decoded."""
     statistics = InputStatistics()
     model = load_flux(components.transformer)
-    refuse_image_inputs(components, model)
+    if kind_of(model.config) != PLAIN:
+        raise UserError(f"{components.transformer} reads pictures (Fill, Depth or Canny); calibration has text alone")
     features = encode(components, requests, guided=model.config.guidance)
     model.to(device)
     with watched(model, statistics):

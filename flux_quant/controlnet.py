@@ -239,7 +239,7 @@ class Controls:
     ) -> None:
         self.controls, self.base, self.device = controls, base, device
         self.rows = [rows_of(control, calls, device, dtype) for control in controls]
-        self.present: dict[int, ExitStack] = {}
+        self.present: dict[ControlNet, ExitStack] = {}
 
     def residuals(self, step: int, number: int, inputs: Mapping[str, Tensor]) -> Residuals:
         """In pass `number` of a step, whose inputs are those of the model; of wider ones a net reads the latents."""
@@ -247,7 +247,7 @@ class Controls:
         for i, control in enumerate(self.controls):
             if step not in self.rows[i]:
                 continue
-            self.bring(i)
+            self.bring(control.net)
             given = {name: inputs[name] for name in ("txt", "img_ids", "txt_ids")}
             given["img"] = inputs["img"][..., : control.net.config.flux.in_channels]
             steering = self.rows[i][step][number]
@@ -259,16 +259,16 @@ class Controls:
             combined([(c, single) for c, (_, single) in parts], self.base.single_blocks),
         )
 
-    def bring(self, i: int) -> None:
-        if i not in self.present:
-            net = self.controls[i].net
-            self.present[i] = ExitStack()
-            self.present[i].enter_context(visiting(net, self.device, hoisted_modules(net)))
+    def bring(self, net: ControlNet) -> None:
+        if net not in self.present:
+            self.present[net] = ExitStack()
+            self.present[net].enter_context(visiting(net, self.device, hoisted_modules(net)))
 
     def after(self, step: int) -> None:
         """Nets that have no further step leave the device."""
-        for i in [i for i in self.present if step >= max(self.rows[i])]:
-            self.present.pop(i).close()
+        later = {c.net for c, rows in zip(self.controls, self.rows, strict=True) if any(i > step for i in rows)}
+        for net in [net for net in self.present if net not in later]:
+            self.present.pop(net).close()
 
     def __enter__(self) -> "Controls":
         return self
@@ -279,6 +279,17 @@ class Controls:
         for stack in self.present.values():
             stack.close()
         self.present.clear()
+
+
+def device_bytes(controls: Sequence[ControlNet], base: FluxConfig, tokens: int, item: int) -> int:
+    """What nets take while they act: weights, each once, and residuals of so many tokens, with their sums."""
+    nets = dict.fromkeys(controls)
+    tensors = {id(t): t for net in nets for t in (*net.parameters(), *net.buffers())}
+    hoisted = {id(t) for net in nets for part in hoisted_modules(net) for t in (*part.parameters(), *part.buffers())}
+    weights = sum(tensor.nbytes for name, tensor in tensors.items() if name not in hoisted)
+    made = [sum(net.config.outputs) for net in controls]
+    summed = min(base.double_blocks + base.single_blocks, sum(made)) if len(made) > 1 else 0
+    return weights + (sum(made) + summed) * tokens * base.hidden * item
 
 
 def rows_of(control: Control, calls: CallsOf, device: torch.device, dtype: torch.dtype) -> dict[int, list[Rows]]:

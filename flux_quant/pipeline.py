@@ -7,14 +7,12 @@
 The starting noise is that of diffusers' FluxPipeline with a CPU generator of the same seed.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,17 +20,38 @@ from torch import Tensor
 from flux_quant.arch import FluxConfig
 from flux_quant.components import Components
 from flux_quant.configs import vae_config
+from flux_quant.controlnet import device_bytes
 from flux_quant.converters.component import open_component
 from flux_quant.drawing import preview, vae
+from flux_quant.drawing.given import (
+    Given,
+    Nets,
+    check_given,
+    from_noise,
+    load_nets,
+    read_given,
+    reference_size,
+)
 from flux_quant.drawing.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
-from flux_quant.drawing.pictures import composite, latent_mask, read_mask, read_picture, save_png, to_images
-from flux_quant.drawing.request import Request
-from flux_quant.drawing.sampling import Callback, Conditioning, Drawing, StepState, denoise, no_progress, steering_calls
+from flux_quant.drawing.pictures import composite, latent_mask, save_png, to_images
+from flux_quant.drawing.request import PATCH, Request
+from flux_quant.drawing.resources import peak_ram, peak_vram, release, timed
+from flux_quant.drawing.sampling import (
+    Callback,
+    Conditioning,
+    Drawing,
+    Reference,
+    StepState,
+    controls_of,
+    denoise,
+    no_progress,
+    steering_calls,
+)
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae, shapes_of
 from flux_quant.model import Flux, pack_latents, unpack_latents
 from flux_quant.modulation import HoistedModulation
-from flux_quant.planner.footprint import TextEncoder, Work
+from flux_quant.planner.footprint import BYTES, TextEncoder, Work
 from flux_quant.planner.plan import Plan
 from flux_quant.runtime import Memory, Residence, Whole, prepare, sizes_of
 from flux_quant.text.encode import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
@@ -71,14 +90,6 @@ class Result:
         return {**self.settings, "seed": self.seeds[picture]}
 
 
-class Given(NamedTuple):
-    """A picture (1, 3, H, W) to begin with, its latents (1, 16, h, w), and where it is drawn anew (1, 1, H, W)."""
-
-    picture: Tensor
-    latents: Tensor
-    mask: Tensor | None
-
-
 def generate(
     components: Components,
     request: Request,
@@ -99,16 +110,21 @@ def generate(
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
-        refuse_image_inputs(components, model)
         open_component(components.vae, "VAE")  # what is wrong with it is better known before the work
-        levels = request.levels(model.config.guidance)
-        prepare(model, device, compute, inf if memory is None else memory.host.pinned)
-        plan = None if memory is None else planned(memory, components, model, request, text, compute)
+        nets = load_nets(request, model.config)
+        check_given(request, model.config, nets)
+        levels = request.levels(model.config.guidance, from_noise(request, model.config, nets))
+        for part in dict.fromkeys([model, *(net for _, net in nets)]):
+            prepare(part, device, compute, inf if memory is None else memory.host.pinned)
+        plan = None if memory is None else planned(memory, components, model, request, text, compute, nets)
     with nullcontext() if memory is None else memory.capped():
-        given = None
-        if request.image is not None:
+        given = Given()
+        if request.pictures or nets:
             with timed(seconds, "encode"):
-                given = read_given(request, components.vae, device, dtype, room(memory, device))
+                picture_encoder = placed_vae(components.vae, device, dtype)
+                free = room(memory, device)
+                given = read_given(request, model.config, nets, lambda x: vae.encode(picture_encoder, x, free))
+                del picture_encoder
         with timed(seconds, "text"):
             placed = text if plan is None else text_by(plan, memory, text)
             features = encode(components, texts_of(request), model.config.guidance, placed)
@@ -116,6 +132,7 @@ def generate(
         with timed(seconds, "modulation"):
             modulation = HoistedModulation(model)
             modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype)
+            controls_of(model, drawing, device, dtype)
         tokens, metrics = draw(
             model,
             drawing,
@@ -134,9 +151,9 @@ def generate(
             dtype=str(dtype).removeprefix("torch."),
             compute=compute,
         )
-        del model, modulation, drawing, tokens
+        del model, modulation, drawing, tokens, nets
         release(device)
-        kept = (given.picture, given.mask) if given and given.mask is not None else (None, None)
+        kept = (None, None) if given.mask is None else (given.picture, given.mask)
         saved = Latents(latents, *kept, settings | {"seeds": request.all_seeds, "vae": str(components.vae.absolute())})
         with timed(seconds, "decode"), on_disk(saved, files):
             images = decode_latents(saved, components.vae, device, dtype, room(memory, device))
@@ -170,7 +187,7 @@ def draw(
 
 
 def planned(
-    memory: Memory, components: Components, model: Flux, request: Request, text: TextOptions, compute: str
+    memory: Memory, components: Components, model: Flux, request: Request, text: TextOptions, compute: str, nets: Nets
 ) -> Plan:
     """What is to be made, as a plan for this memory; said as it is made."""
     reader = open_component(components.t5, "T5 encoder")
@@ -182,7 +199,11 @@ def planned(
         steps=request.steps,
         passes=1 if request.negative is None else 2,
         compute="float" if compute == "16-bit" else compute,
+        reference=prod(reference_size(request)) // PATCH**2 if request.reference else 0,
     )
+    item = BYTES[memory.machine.dtype]
+    held = device_bytes([net for _, net in nets], model.config, work.batch * work.image_tokens, item)
+    work = replace(work, controlnets=held)
     plan = memory.plan(sizes_of(model), work, encoder)
     memory.log(str(plan))
     return plan
@@ -201,15 +222,6 @@ def text_by(plan: Plan, memory: Memory, text: TextOptions) -> TextOptions:
 def room(memory: Memory | None, device: torch.device | str) -> int | None:
     """Bytes that encoding or decoding a picture may take."""
     return vae.free_memory(device) if memory is None else memory.free
-
-
-def read_given(
-    request: Request, vae_file: Path, device: torch.device | str, dtype: torch.dtype, free: int | None
-) -> Given:
-    picture = read_picture(request.image, request.size)
-    mask = read_mask(request.mask, request.size) if request.mask else None
-    model = placed_vae(vae_file, device, dtype)
-    return Given(picture, vae.encode(model, picture, free), mask)
 
 
 def placed_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> "AutoencoderKL":
@@ -273,16 +285,6 @@ def previewer(path: Path, vae_file: Path) -> Callback:
     return write
 
 
-def refuse_image_inputs(components: Components, model: Flux) -> None:
-    """Fill, Depth and Canny read more channels than they write: a picture beside the noise."""
-    c = model.config
-    if c.in_channels != c.out_channels:
-        raise UserError(
-            f"{components.transformer} reads {c.in_channels} channels, {c.in_channels - c.out_channels} of them of an "
-            "input picture (Fill, Depth or Canny); generate draws from text alone"
-        )
-
-
 def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of the activations there. `auto` takes CUDA where there is any."""
     if name == "auto":
@@ -323,14 +325,14 @@ def make_drawing(
         half = len(features.txt) // 2
         features, away = features[:half], features[half:]
         negative = Conditioning(away.txt.to(device), away.pooled.to(device))
-    known = mask = None
-    if given is not None:
+    given, known, mask = given or Given(), None, None
+    if given.latents is not None:
         known = pack_latents(given.latents).to(device)
-        if given.mask is not None:
+        if given.mask is not None and given.blended:
             places = latent_mask(given.mask).expand(-1, given.latents.shape[1], -1, -1)
             mask = pack_latents(places.contiguous()).to(device)
     return Drawing(
-        noise=torch.cat([starting_noise(request, config.in_channels) for request in requests]).to(device),
+        noise=torch.cat([starting_noise(request, config.out_channels) for request in requests]).to(device),
         text=Conditioning(features.txt.to(device), features.pooled.to(device)),
         grid=first.grid,
         levels=first.levels(config.guidance) if levels is None else levels,
@@ -340,6 +342,9 @@ def make_drawing(
         cfg_range=first.cfg_range,
         known=known,
         mask=mask,
+        controls=[replace(control, condition=control.condition.to(device)) for control in given.controls],
+        beside=None if given.beside is None else given.beside.to(device),
+        reference=given.reference and Reference(*(tensor.to(device) for tensor in given.reference)),
     )
 
 
@@ -361,33 +366,3 @@ def starting_noise(request: Request, channels: int) -> Tensor:
     rows, columns = request.grid
     generator = torch.Generator().manual_seed(request.seed)
     return pack_latents(torch.randn(1, channels // 4, 2 * rows, 2 * columns, generator=generator))
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the time of the block to a phase."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def release(device: torch.device | str) -> None:
-    """What torch holds in reserve goes back, so that the next phase finds it in one piece."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def peak_ram() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_vram(device: torch.device | str) -> int:
-    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0

@@ -242,7 +242,8 @@ def test_hoisting_changes_no_pixel(bundled: Components, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         forward = pipeline.Flux.forward
 
-        def step_by_step(self, img, txt, pooled, timestep, img_ids, txt_ids, guidance=None, steering=None):
+        def step_by_step(self, img, txt, pooled, timestep, img_ids, txt_ids, steering, residuals):
+            assert not any(residuals)
             call = calls.pop(0)
             return forward(self, img, txt, call.pooled, call.timestep, img_ids, txt_ids, call.guidance)
 

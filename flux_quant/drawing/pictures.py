@@ -48,6 +48,14 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     return mask
 
 
+def check_same_size(picture: Path, mask: Path) -> None:
+    """UserError if a mask is of another size than its picture."""
+    sizes = opened(picture).size, opened(mask).size
+    if sizes[0] != sizes[1]:
+        (w, h), (w2, h2) = sizes
+        raise UserError(f"{mask} is {w2} x {h2}, {picture} is {w} x {h}: a mask has the size of its picture")
+
+
 def opened(path: Path) -> "Image.Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,16 +1,34 @@
 """What a user asks for: a value that refuses, with the remedy, what no picture can be made from."""
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flux_quant.drawing.schedules import SCHEDULES, from_denoise, from_strength, noise_levels
 from flux_quant.errors import UserError
 
 PATCH = 16  # pixels of a token: 8 of the VAE times 2
 STRENGTH = 0.6  # diffusers' default for FLUX.1
+T = TypeVar("T")
 AREAS = 0.095, 2.1  # megapixels between which FLUX.1 draws well: 0.1 to 2, and a little
+
+
+@dataclass(frozen=True)
+class ControlRequest:
+    """A ControlNet, what it is shown, and how much and when it acts."""
+
+    net: Path
+    image: Path | None = None  # a hint; nets for inpainting see the given picture and its mask instead
+    scale: float = 1.0
+    span: tuple[float, float] = (0.0, 1.0)  # in parts of the steps
+    mode: str | None = None  # of a Union net
+
+    def __str__(self) -> str:
+        mode = f" {self.mode}" if self.mode else ""
+        return f"{self.net.name}:{self.scale:g}:{self.span[0]:g}-{self.span[1]:g}{mode}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,9 @@ class Request:
     strength: float | None = None  # how much of it changes: the share of the steps that is taken
     denoise: float | None = None  # the same as ComfyUI means it: all steps are taken, from a later beginning
     mask: Path | None = None  # white where the given picture is drawn anew
+    controls: tuple[ControlRequest, ...] = ()
+    control_image: Path | None = None  # a hint for a Canny or Depth model itself
+    reference: Path | None = None  # a picture that Kontext sees
 
     def __post_init__(self) -> None:
         for complaint in self.complaints():
@@ -53,6 +74,12 @@ class Request:
             yield "a mask, strength or denoise needs a given picture (image)"
         if self.strength is not None and self.denoise is not None:
             yield "strength and denoise exclude each other: diffusers' and ComfyUI's ways to say the same"
+        for control in self.controls:
+            if not 0 <= control.span[0] < control.span[1] <= 1:
+                first, last = control.span
+                yield f"{control.net} acts from {first:g} to {last:g} of the steps: choose a part of 0 to 1"
+        if self.controls and self.reference is not None:
+            yield "ControlNets and a reference (Kontext) exclude each other"
         if any(not 0 <= seed < 1 << 64 for seed in self.all_seeds):
             yield "seeds go from 0 to 2^64 - 1"
 
@@ -65,17 +92,25 @@ class Request:
     def all_seeds(self) -> tuple[int, ...]:
         return self.seeds or (self.seed,)
 
+    @property
+    def pictures(self) -> list[Path]:
+        """Files that are looked at, those of ControlNets aside."""
+        return [path for path in (self.image, self.mask, self.control_image, self.reference) if path is not None]
+
     def one_by_one(self) -> list["Request"]:
         """A request for each seed."""
         return [replace(self, seed=seed, seeds=()) for seed in self.all_seeds]
 
-    def levels(self, guided: bool) -> list[float]:
-        """The noise levels of its steps, see `schedules`. UserError if none is left."""
+    def levels(self, guided: bool, from_noise: bool = False) -> list[float]:
+        """The noise levels of its steps, see `schedules`. UserError if none is left.
+
+        from_noise: all steps are taken, whatever picture is given.
+        """
 
         def levels(steps: int) -> list[float]:
             return noise_levels(self.scheduler, steps, self.grid[0] * self.grid[1], guided)
 
-        if self.image is None:
+        if self.image is None or from_noise:
             return levels(self.steps)
         if self.denoise is not None:
             chosen = from_denoise(levels, self.steps, self.denoise)
@@ -92,6 +127,7 @@ class Request:
         unused = Request("", prompt_t5=self.prompt_t5)
         fields = {"steps", "guidance", "seed", "size", "prompt", "prompt_t5"}
         given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k) and k != "seeds"}
+        given |= {"controls": [str(control) for control in self.controls]} if self.controls else {}
         return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
@@ -132,6 +168,37 @@ def parse_range(text: str) -> tuple[float, float]:
     except ValueError:
         raise UserError(f"range {text}: write it as FROM:TO, for example 0:0.6") from None
     return first, last
+
+
+def parse_controls(nets: Sequence[str], images: Sequence[Path], modes: Sequence[str]) -> tuple[ControlRequest, ...]:
+    """FILE[:SCALE[:START-END]] of each net; an image and a mode for each of them, or one for all. UserError."""
+    controls = []
+    for i, text in enumerate(nets):
+        found = re.fullmatch(r"(.+?)(?::([\d.]+)(?::([\d.]+)-([\d.]+))?)?", text)
+        try:
+            scale, first, last = (float(x or default) for x, default in zip(found.groups()[1:], (1, 0, 1), strict=True))
+        except ValueError:
+            raise UserError(
+                f"ControlNet {text}: write it as FILE:SCALE:START-END, for example net.gguf:0.8:0-0.6"
+            ) from None
+        chosen = (one_of("control images", images, i, len(nets)), scale, (first, last))
+        controls.append(ControlRequest(Path(found[1]), *chosen, one_of("control modes", modes, i, len(nets))))
+    return tuple(controls)
+
+
+def single_hint(images: Sequence[Path], modes: Sequence[str]) -> Path | None:
+    """Of a Canny or Depth model, without any ControlNet. UserError for more than one, or a mode."""
+    if modes:
+        raise UserError(f"control mode {modes[0]}: modes are for ControlNets (--controlnet)")
+    if len(images) > 1:
+        raise UserError(f"{len(images)} control images: a model reads one; others are for ControlNets (--controlnet)")
+    return images[0] if images else None
+
+
+def one_of(what: str, values: Sequence[T], i: int, count: int) -> T | None:
+    if len(values) not in (0, 1, count):
+        raise UserError(f"{len(values)} {what} for {count} ControlNets: give one for each, or one for all")
+    return values[min(i, len(values) - 1)] if values else None
 
 
 def picture_paths(output: Path, seeds: tuple[int, ...]) -> list[Path]:

@@ -48,6 +48,7 @@ class Work:
     compute: str = "float"
     adapters: int = 0  # bytes of LoRA factors, which stay on the device
     controlnets: int = 0  # bytes of ControlNets, which stay on the device
+    reference: int = 0  # tokens of a picture that is seen, not drawn
 
     def __post_init__(self) -> None:
         for side in self.size:
@@ -61,7 +62,7 @@ class Work:
 
     @property
     def image_tokens(self) -> int:
-        return self.size[0] // PATCH * (self.size[1] // PATCH)
+        return self.size[0] // PATCH * (self.size[1] // PATCH) + self.reference
 
     @property
     def tokens(self) -> int:

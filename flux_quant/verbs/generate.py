@@ -44,6 +44,10 @@ def generate(
     strength: opt.Strength = None,
     denoise: opt.Denoise = None,
     mask: opt.Mask = None,
+    controlnet: opt.ControlNets = None,
+    control_image: opt.ControlImages = None,
+    control_mode: opt.ControlModes = None,
+    reference: opt.ReferencePicture = None,
     save_latent: opt.SaveLatent = None,
     preview: opt.Preview = None,
     t5: opt.Component = None,
@@ -69,7 +73,15 @@ def generate(
     from flux_quant.components import find_components, picture_size, recommended_size
     from flux_quant.converters.shards import parse_size
     from flux_quant.drawing.latents import LatentFiles
-    from flux_quant.drawing.request import Request, drawable_size, parse_range, parse_seeds, picture_paths
+    from flux_quant.drawing.request import (
+        Request,
+        drawable_size,
+        parse_controls,
+        parse_range,
+        parse_seeds,
+        picture_paths,
+        single_hint,
+    )
     from flux_quant.linear import COMPUTES
     from flux_quant.pipeline import choose_device, previewer
     from flux_quant.pipeline import generate as make
@@ -96,6 +108,8 @@ def generate(
     request = Request(
         prompt, prompt_t5, steps, guidance, seed, pixels, scheduler, chosen,
         negative, cfg, parse_range(cfg_range), image, strength, denoise, mask,
+        controls=parse_controls(controlnet or (), control_image or (), control_mode or ()),
+        control_image=None if controlnet else single_hint(control_image or (), control_mode or ()), reference=reference,
     )  # fmt: skip
     files = LatentFiles(save_latent, output.with_suffix(".latent.safetensors"), force)
     callback = previewer(preview, components.vae) if preview else None

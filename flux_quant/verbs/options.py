@@ -81,9 +81,30 @@ Strength = Annotated[
 ]
 Denoise = Annotated[float | None, typer.Option(help="instead of --strength, as ComfyUI: all steps are taken")]
 Mask = Annotated[Path | None, typer.Option(metavar="FILE", help="white where --image is drawn anew")]
+ControlNets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--controlnet", metavar="FILE[:SCALE[:START-END]]", help="a ControlNet, in part of the steps; repeatable"
+    ),
+]
+ControlImages = Annotated[
+    list[Path] | None,
+    typer.Option("--control-image", metavar="FILE", help="what it sees, or a Canny or Depth model; repeatable"),
+]
+ControlModes = Annotated[
+    list[str] | None, typer.Option("--control-mode", help="of a Union net: canny, depth, pose ...; repeatable")
+]
+ReferencePicture = Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="what Kontext sees")]
 SaveLatent = Annotated[Path | None, typer.Option(metavar="FILE", help="keep the latents, for `decode`")]
 Preview = Annotated[
     Path | None, typer.Option(metavar="PNG", help="rewritten after every step: a small picture of what is to come")
+]
+
+# Of `inpaint`.
+PaintedPicture = Annotated[Path, typer.Option("--image", metavar="FILE", help="the picture")]
+PaintedMask = Annotated[Path, typer.Option("--mask", metavar="FILE", help="white where it is drawn anew")]
+PaintedStrength = Annotated[
+    float, typer.Option("--strength", help="1: from noise; less keeps traces of what is covered")
 ]
 
 # Of `decode`.
