@@ -139,8 +139,8 @@ def alike(values: Tensor) -> bool:
 class HoistedModulation:
     """Remembers what was evaluated for which inputs, and evaluates what is missing.
 
-    Inputs are compared by value. What was evaluated is forgotten when a linear of the model is exchanged, or when an
-    adapter on one comes, goes or changes the `version` it shows. Other changes of weights need `forget`.
+    Inputs are compared by value, and so are the versions that adapters show. What was evaluated is forgotten when a
+    linear of the model is exchanged, or an adapter on one comes or goes. Other changes of weights need `forget`.
     """
 
     def __init__(self, model: Steered, visit: Visit = visiting) -> None:
@@ -158,12 +158,15 @@ class HoistedModulation:
     ) -> list[Rows]:
         """The modulation of every call, each tensor (B, N). What `ahead` gives is evaluated too if anything must be."""
         device = placed(device)
-        names = [(*key(call), device, dtype) for call in calls]
-        if self.stale():
+        now = layers_of(self.model)
+        if not same(*([row[:2] for row in rows] for rows in (self.layers, now))):
             self.forget()
+        self.layers = now
+        versions = tuple(version for *_, version in now)
+        names = [(*key(call), device, dtype, versions) for call in calls]
         if any(name not in self.kept for name in names):
             wanted = dict(zip(names, calls, strict=True))
-            wanted |= {(*key(call), device, dtype): call for call in ahead()}
+            wanted |= {(*key(call), device, dtype, versions): call for call in ahead()}
             missing = {name: call for name, call in wanted.items() if name not in self.kept}
             found = evaluate(self.model, list(missing.values()), device, dtype, self.visit)
             self.kept |= dict(zip(missing, found, strict=True))
@@ -195,7 +198,7 @@ def same(before: Sequence[tuple[object, ...]], now: Sequence[tuple[object, ...]]
     """Modules and adapters are compared by identity, versions by value."""
 
     def mark(layers: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
-        return [(id(part), tuple(map(id, group)), version) for part, group, version in layers]
+        return [(id(part), tuple(map(id, group)), *version) for part, group, *version in layers]
 
     return mark(before) == mark(now)
 

@@ -115,14 +115,14 @@ def test_explain_is_one_line(fmt):
     assert fmt.name in line and "4608" in line and "cpu" in line and "\n" not in line
 
 
-def test_adapters_are_added():
+def test_adapters_wrap_the_layer():
     layer = QuantLinear.from_float(random(N, K), random(N), FORMATS["q4_0"])
     x = random(4, K)
     plain = layer(x)
     down, up = random(2, K), random(N, 2)
-    layer.adapters.append(lambda x: x @ down.T @ up.T)
-    layer.adapters.append(lambda x: torch.ones(len(x), N))
-    torch.testing.assert_close(layer(x), plain + x @ down.T @ up.T + 1)
+    layer.adapters.append(lambda x, linear: linear(x) + x @ down.T @ up.T)
+    layer.adapters.append(lambda x, linear: 2 * linear(x))
+    torch.testing.assert_close(layer(x), 2 * (plain + x @ down.T @ up.T))
     assert "adapters=2" in repr(layer)
     layer.adapters.clear()
     assert torch.equal(layer(x), plain)

@@ -1,6 +1,7 @@
 """Modulation evaluated before the loop: the same output, every weight used once, evaluated again when it must be."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,8 @@ class Adapter:
         self.a, self.b = torch.ones(layer.in_features), torch.linspace(-1, 1, layer.out_features)
         self.strength, self.version = strength, 0
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.strength * (x @ self.a)[..., None] * self.b / len(self.a)
+    def __call__(self, x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        return linear(x) + self.strength * (x @ self.a)[..., None] * self.b / len(self.a)
 
 
 @torch.no_grad()

@@ -1,0 +1,395 @@
+"""LoRAs beside packed weights: every kind in every form of weight, against dequantizing, merging and multiplying."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux_quant.arch import FluxConfig
+from flux_quant.converters.lora_math import fused
+from flux_quant.converters.lora_records import Lora
+from flux_quant.errors import UserError
+from flux_quant.formats import FORMATS, format_named
+from flux_quant.kernels import dispatch
+from flux_quant.linear import QuantLinear, repack_, set_compute_
+from flux_quant.lora import applied_to, apply_, at_step_, remove_, set_strength_, shapes_in, steps_by_strength
+from flux_quant.model import Flux
+from lora_checks import FINAL, HIDDEN, KEY, MODULE, State, floats, random, reader, shapes_of
+
+WIDE = "diffusion_model.single_blocks.1.linear1"
+FORMS = ("bf16", "f32", "q8_0", "q4_k", "fp8", "q4_0 planar", "q4_k as int8", "int8_rows")
+EXACT = 2e-6  # relative, of sums in float32
+EIGHT_BIT = 3e-2
+
+
+@pytest.fixture(scope="module")
+def state(tiny_flux) -> State:
+    return floats(tiny_flux)
+
+
+@pytest.fixture
+def read(tmp_path, state):
+    return reader(tmp_path, shapes_of(state))
+
+
+BUILT: dict[str, Flux] = {}
+
+
+def flux(state: State, form: str = "q8_0") -> Flux:
+    """The engine with its linears in a form, where their rows allow it; nothing is on it."""
+    if form not in BUILT:
+        BUILT[form] = built(state, form)
+    remove_(BUILT[form])
+    return BUILT[form]
+
+
+def built(state: State, form: str) -> Flux:
+    base, *_ = form.replace(" planar", "").split(" as ")
+    base = "bf16" if base == "int8_rows" else base
+    with torch.device("meta"):
+        model = Flux(FluxConfig.from_shapes(shapes_of(state)))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            weight, fmt = state[f"{name}.weight"], FORMATS[base]
+            fmt = fmt if fmt.fits(tuple(weight.shape)) else FORMATS["f32"]
+            model.set_submodule(name, QuantLinear.from_float(weight, state[f"{name}.bias"].clone(), fmt))
+    for name, module in model.named_modules():
+        if "scale" in module._parameters:
+            module.scale = torch.nn.Parameter(state[f"{name}.scale"].clone(), requires_grad=False)
+    if form.endswith("planar"):
+        repack_(model)
+    if "int8" in form:
+        set_compute_(model, "int8")
+    return model.eval()
+
+
+def weight_of(layer: QuantLinear) -> Tensor:
+    return dispatch.dequantize(layer.fmt, layer.parts, torch.float32)
+
+
+def expected(layer: QuantLinear, name: str, x: Tensor, adapters: list[tuple[Lora, float]]) -> Tensor:
+    """Dequantize, merge in float32, multiply in double; the base product is the layer's own, which 8 bits round."""
+    weight, bias = weight_of(layer), layer.bias.float()
+    merged, moved = fused(f"{name}.weight", weight, adapters), fused(f"{name}.bias", bias, adapters)
+    weight = torch.nn.functional.pad(weight, (0, merged.shape[1] - weight.shape[1]))
+    change = x.double() @ (merged.double() - weight.double()).T + (moved - bias).double()
+    return layer.product(x[..., : layer.in_features]).double() + change
+
+
+def matrices(name: str, n: int, k: int, rank: int = 3, seed: int = 0) -> State:
+    return {
+        f"{name}.lora_A.weight": random(rank, k, seed=seed),
+        f"{name}.lora_B.weight": random(n, rank, seed=seed + 1),
+    }
+
+
+def lokr(name: str, w1: tuple[int, int], w2: tuple[int, int], factored: bool) -> State:
+    found = {f"{name}.lokr_w1": random(*w1)}
+    if not factored:
+        return {**found, f"{name}.lokr_w2": random(*w2, seed=1)}
+    return {**found, f"{name}.lokr_w2_a": random(w2[0], 3), f"{name}.lokr_w2_b": random(3, w2[1], seed=2)}
+
+
+def loha(name: str, n: int, k: int, rank: int) -> State:
+    parts = {"w1_a": (n, rank), "w1_b": (rank, k), "w2_a": (n, rank), "w2_b": (rank, k)}
+    return {f"{name}.hada_{part}": random(*shape, seed=i) for i, (part, shape) in enumerate(parts.items())}
+
+
+D = f"diffusion_model.{MODULE}"
+N = 4 * HIDDEN
+ATTENTION = "transformer.transformer_blocks.0.attn"
+K = f"{ATTENTION}.to_k"
+QKV = "double_blocks.0.img_attn.qkv"
+lengths = 1 + random(N, 1).abs()
+KINDS: dict[str, tuple[str, State]] = {  # module, tensors of the file
+    "lora": (MODULE, {**matrices(D, N, HIDDEN), f"{D}.alpha": torch.tensor(1.5)}),
+    "lora_mid": (
+        MODULE,
+        {
+            f"{KEY}.lora_down.weight": random(3, HIDDEN, 1, 1),
+            f"{KEY}.lora_mid.weight": random(3, 3, 1, 1),
+            f"{KEY}.lora_up.weight": random(N, 3, 1, 1),
+        },
+    ),
+    "lokr": (MODULE, lokr(D, (8, 4), (N // 8, HIDDEN // 4), False)),
+    "lokr, small first": (MODULE, lokr(D, (2, 16), (N // 2, HIDDEN // 16), False)),
+    "lokr factored": (MODULE, lokr(D, (8, 4), (N // 8, HIDDEN // 4), True)),
+    "loha": (MODULE, loha(D, N, HIDDEN, 4)),
+    "loha of high rank": (MODULE, loha(D, N, HIDDEN, 16)),
+    "dora by rows": (MODULE, {**matrices(D, N, HIDDEN), f"{D}.dora_scale": lengths}),
+    "dora by columns": (MODULE, {**matrices(D, N, HIDDEN), f"{D}.dora_scale": lengths[:HIDDEN].T.contiguous()}),
+    "lokr, dora by rows": (MODULE, {**lokr(D, (8, 4), (N // 8, HIDDEN // 4), True), f"{D}.dora_scale": lengths}),
+    "loha, dora by columns": (MODULE, {**loha(D, N, HIDDEN, 4), f"{D}.dora_scale": lengths[:HIDDEN].T.contiguous()}),
+    "diff and bias": (MODULE, {f"{D}.diff": random(N, HIDDEN), f"{D}.diff_b": random(N)}),
+    "bias alone": (MODULE, {f"{D}.diff_b": random(N)}),
+    "bias of a product": (MODULE, {**matrices(D, N, HIDDEN), f"{D}.lora_B.bias": random(N)}),
+    "q and v": (
+        QKV,
+        {
+            **matrices(f"{ATTENTION}.to_q", HIDDEN, HIDDEN),
+            **matrices(f"{ATTENTION}.to_v", HIDDEN, HIDDEN, rank=5, seed=9),
+        },
+    ),
+    "k by dora": (
+        QKV,
+        {
+            **matrices(K, HIDDEN, HIDDEN),
+            f"{K}.lora_magnitude_vector": lengths[:HIDDEN, 0],
+        },
+    ),
+    "k by dora of columns": (
+        QKV,
+        {
+            **matrices(K, HIDDEN, HIDDEN),
+            f"{K}.dora_scale": lengths[:HIDDEN].T.contiguous(),
+        },
+    ),
+    "mlp of linear1": (
+        "single_blocks.1.linear1",
+        {**matrices("transformer.single_transformer_blocks.1.proj_mlp", N, HIDDEN)},
+    ),
+    "exchanged halves": (FINAL, matrices("transformer.norm_out.linear", 2 * HIDDEN, HIDDEN)),
+    "another weight": (MODULE, {f"{D}.set_weight": random(N, HIDDEN)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_every_kind_on_every_form(state, read, kind, form):
+    name, tensors = KINDS[kind]
+    model, lora = flux(state, form), read(tensors)
+    layer = model.get_submodule(name)
+    x = random(2, 5, layer.in_features, seed=3)
+    before, own = layer(x), weight_of(layer)
+    if kind == "another weight":
+        after = x @ tensors[f"{D}.set_weight"].T + layer.bias
+    else:
+        after = expected(layer, name, x, [(lora, 0.7)])
+    apply_(model, [(lora, 0.7)])
+    found = layer(x)
+    rounded = "int8" in form and "dora" in kind  # a gain acts on the product as 8 bits gave it
+    assert (found.double() - after).norm() <= (EIGHT_BIT if rounded else EXACT) * after.norm()
+    assert (found - before).norm() > 1e-2 * before.norm(), "the change is seen"
+    remove_(model)
+    assert torch.equal(layer(x), before) and torch.equal(weight_of(layer), own) and applied_to(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_16_bit_activations(state, read, dtype):
+    """Within the rounding of one product, whatever the factors are stored in."""
+    lora, model = read(KINDS["q and v"][1]), flux(state, "q8_0")
+    layer = model.get_submodule(QKV)
+    x = random(7, HIDDEN, seed=3)
+    after = expected(layer, QKV, x.to(dtype).float(), [(lora, 2.0)])
+    for held in (None, dtype):
+        apply_(model, [(lora, 2.0)], dtype=held)
+        found = layer(x.to(dtype))
+        assert found.dtype == dtype
+        assert (found.double() - after).norm() <= 2 * torch.finfo(dtype).eps * after.norm()
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(layer(x.to(dtype).float()), found)
+
+
+@torch.no_grad()
+def test_several_files_are_one_product(state, read):
+    """Of different ranks, rows and kinds; each with its own strength and scale."""
+    one = read({**matrices(D, N, HIDDEN), f"{D}.alpha": torch.tensor(9.0)})
+    two = read(KINDS["lokr"][1] | {f"{D}.diff_b": random(N)})
+    three = read(matrices(f"lycoris_{MODULE.replace('.', '_')}", N, HIDDEN, rank=4, seed=20))
+    both = [(one, 0.5), (two, -1.0), (three, 0.25), (one, 0.125)]
+    model = flux(state, "q4_k")
+    layer, x = model.get_submodule(MODULE), random(5, HIDDEN, seed=3)
+    after = expected(layer, MODULE, x, both)
+    applied = apply_(model, both)
+    assert (layer(x).double() - after).norm() <= EXACT * after.norm()
+    (path,) = layer.adapters
+    assert path.down.shape == (3 + 4 + 3, HIDDEN) and len(path.ups) == 1
+    assert applied.nbytes == sum(tensor.nbytes for tensor in path.tensors)
+
+
+@torch.no_grad()
+def test_shared_first_factors_are_multiplied_once(state, read):
+    down = random(4, HIDDEN)
+    tensors = {f"{ATTENTION}.to_{part}.lora_A.weight": down for part in "qkv"}
+    tensors |= {f"{ATTENTION}.to_{part}.lora_B.weight": random(HIDDEN, 4, seed=i) for i, part in enumerate("qkv")}
+    lora, model = read(tensors), flux(state)
+    layer, x = model.get_submodule(QKV), random(5, HIDDEN, seed=3)
+    after = expected(layer, QKV, x, [(lora, 1.0)])
+    apply_(model, [(lora, 1.0)])
+    assert layer.adapters[0].down.shape == (4, HIDDEN)
+    assert (layer(x).double() - after).norm() <= EXACT * after.norm()
+
+
+@torch.no_grad()
+def test_strengths_are_scalars(state, read):
+    lora, model = read(KINDS["lora"][1]), flux(state)
+    layer, x = model.get_submodule(MODULE), random(5, HIDDEN)
+    plain = layer(x)
+    apply_(model, [(lora, 1.0)])
+    tensors, versions = [(t, t.clone(), t.data_ptr()) for t in layer.adapters[0].tensors], set()
+    for strength in (1.0, -0.5, 0.0, 3):
+        set_strength_(model, 0, strength)
+        versions.add(layer.adapters[0].version)
+        after = expected(layer, MODULE, x, [(lora, float(strength))])
+        assert (layer(x).double() - after).norm() <= EXACT * after.norm()
+        if not strength:
+            assert torch.equal(layer(x), plain), "nothing is computed"
+    assert len(versions) == 4
+    assert all(t.data_ptr() == place and torch.equal(t, copy) for t, copy, place in tensors)
+
+
+def test_strength_by_step(state, read):
+    lora, model = read(KINDS["lora"][1]), flux(state)
+    applied = apply_(model, [(lora, [1.0, 0.5]), (lora, lambda step: step / 4), (lora, 2.0)])
+    seen = []
+    for step in range(4):
+        at_step_(model, step)
+        seen.append(applied.dial.values)
+    assert seen == [[1.0, 0.0, 2.0], [0.5, 0.25, 2.0], [0.5, 0.5, 2.0], [0.5, 0.75, 2.0]]
+    apply_(model, [(lora, [1.0, 1.0, 0.0])])
+    assert steps_by_strength(model, 5) == [[0, 1], [2, 3, 4]]
+    remove_(model)
+    assert steps_by_strength(model, 3) == [[0, 1, 2]]
+
+
+@torch.no_grad()
+def test_hot_swap(state, read):
+    """Other targets: nothing of the first is left."""
+    model = flux(state)
+    first, second = read(KINDS["another weight"][1]), read(KINDS["q and v"][1])
+    layers = model.get_submodule(MODULE), model.get_submodule(QKV)
+    x = random(5, HIDDEN)
+    before = [layer(x) for layer in layers]
+    apply_(model, [(first, 1.0)])
+    apply_(model, [(second, 1.0)])
+    assert torch.equal(layers[0](x), before[0]) and not torch.equal(layers[1](x), before[1])
+    remove_(model)
+    assert [torch.equal(layer(x), y) for layer, y in zip(layers, before, strict=True)] == [True, True]
+
+
+@torch.no_grad()
+def test_control_lora_and_back(state, read):
+    """Twice the inputs, other norms, biases; with a style of the base's width."""
+    tensors = {**matrices("img_in", HIDDEN, 128), "img_in.lora_B.bias": random(HIDDEN)}
+    norm = "double_blocks.0.img_attn.norm.query_norm"
+    control = read({**tensors, f"{norm}.scale": 2 + random(128)})
+    style = read(matrices("diffusion_model.img_in", HIDDEN, 64, seed=5))
+    model = flux(state, "bf16")
+    own, config, old = model.get_submodule(norm).scale, model.config, model.img_in(random(3, 64))
+    x = random(3, 128)
+    after = expected(model.img_in, "img_in", x, [(control, 0.85), (style, 0.5)])
+    apply_(model, [(control, 0.85), (style, 0.5)])
+    assert model.config.in_channels == 128
+    assert (model.img_in(x).double() - after).norm() <= EXACT * after.norm()
+    torch.testing.assert_close(model.get_submodule(norm).scale.data, 2 + random(128))
+    set_strength_(model, 0, 0.1)
+    torch.testing.assert_close(
+        model.get_submodule(norm).scale.data, 2 + random(128), msg="a replacement has no strength"
+    )
+    remove_(model)
+    assert model.config is config and model.get_submodule(norm).scale is own
+    assert torch.equal(model.img_in(random(3, 64)), old)
+
+
+@torch.no_grad()
+def test_norm_changes_follow_the_strength(state, read):
+    name = "double_blocks.0.txt_attn.norm.key_norm"
+    lora, model = read({f"diffusion_model.{name}.w_norm": random(128)}), flux(state)
+    own = model.get_submodule(name).scale.clone()
+    apply_(model, [(lora, 0.5)])
+    torch.testing.assert_close(model.get_submodule(name).scale.data, own + 0.5 * random(128))
+    set_strength_(model, 0, 2.0)
+    torch.testing.assert_close(model.get_submodule(name).scale.data, own + 2 * random(128))
+    with pytest.raises(UserError, match="one number for all steps"):
+        set_strength_(model, 0, [1.0, 0.0])
+    remove_(model)
+    torch.testing.assert_close(model.get_submodule(name).scale.data, own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr factored", "loha", "loha of high rank", "q and v"])
+@pytest.mark.parametrize("form", ["q8_0", "f32"])
+def test_gradients_flow_to_factors(state, read, kind, form):
+    """As through the merged weight, by autograd; the packed weight takes none."""
+    name, tensors = KINDS[kind]
+    model, lora = flux(state, form), read(tensors)
+    apply_(model, [(lora, 0.7)])
+    layer = model.get_submodule(name)
+    (path,) = layer.adapters
+    x = random(5, layer.in_features, seed=3).requires_grad_()
+    for tensor in path.tensors:
+        tensor.requires_grad_()
+    layer(x).square().sum().backward()
+    for tensor in path.tensors:
+        step = 1e-2 * torch.randn_like(tensor)
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                tensor += sign * step
+                moved.append(layer(x).double().square().sum())
+                tensor -= sign * step
+        slope = float((moved[0] - moved[1]) / 2)
+        assert abs(float((tensor.grad * step).sum()) - slope) <= 2e-2 * abs(slope) + 1e-2
+    assert x.grad.isfinite().all() and x.grad.norm() > 0
+
+
+def broken(name: str) -> State:
+    tensors = dict(KINDS["lora"][1])
+    if name == "nan":
+        tensors[f"{D}.lora_B.weight"] = tensors[f"{D}.lora_B.weight"].index_fill(0, torch.tensor([7]), torch.nan)
+    if name == "half":
+        tensors["diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight"] = random(3, HIDDEN)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("case", "strength", "message"),
+    [
+        ("nan", 1.0, r"lora.safetensors: \S+img_mlp\.0\.lora_B\.weight holds values that are not finite"),
+        ("half", 1.0, r"lora.safetensors: \S+double_blocks\.0\.img_mlp\.0\.lora_A\.weight has no other half"),
+        ("", float("nan"), "strength nan is not a number"),
+        ("", "1", "strength '1' is not a number"),
+        ("", [1.0, "x"], "is not a number"),
+        ("", [], "is not a number"),
+    ],
+)
+@torch.no_grad()
+def test_bad_input_changes_nothing(state, tmp_path, case, strength, message):
+    from safetensors.torch import save_file
+
+    from flux_quant.converters.lora_io import read_lora
+
+    model = flux(state)
+    save_file(KINDS["q and v"][1], tmp_path / "good.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in broken(case).items()}, tmp_path / "lora.safetensors")
+    good, bad = (read_lora(tmp_path / f"{name}.safetensors", shapes_in(model)) for name in ("good", "lora"))
+    applied = apply_(model, [(good, 1.0)])
+    layer, x = model.get_submodule(QKV), random(3, HIDDEN)
+    before = layer(x)
+    with pytest.raises(UserError, match=message):
+        apply_(model, [(good, 0.5), (bad, strength)])
+    assert applied_to(model) is applied and torch.equal(layer(x), before)
+    with pytest.raises(UserError, match="no LoRA number 3"):
+        set_strength_(model, 3, 1.0)
+
+
+@torch.no_grad()
+def test_moves_with_its_layer(state, read):
+    model, lora = built(state, "f32"), read(KINDS["lora"][1])
+    apply_(model, [(lora, 1.0)])
+    (path,) = model.get_submodule(MODULE).adapters
+    held = path.tensors
+    path.move_(lambda tensor: tensor.double())
+    assert all(a is b and a.dtype == torch.float64 for a, b in zip(held, path.tensors, strict=True))
+    path.move_(lambda tensor: tensor.float())
+    moves = []
+    path.move_ = moves.append
+    model.to(torch.bfloat16)
+    (move,) = moves
+    assert move(held[0]).dtype == torch.float32, "a cast of the model does not cast factors"
+
+
+def test_shapes_are_those_of_the_file(state):
+    for form in ("q4_k", "q4_0 planar", "int8_rows"):
+        assert shapes_in(flux(state, form)) == shapes_of(state)
+    assert format_named("int8_rows").compute == "int8"
