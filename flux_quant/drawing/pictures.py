@@ -56,6 +56,13 @@ def check_same_size(picture: Path, mask: Path) -> None:
         raise UserError(f"{mask} is {w2} x {h2}, {picture} is {w} x {h}: a mask has the size of its picture")
 
 
+def painted_size(picture: Path, recommended: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a picture, made smaller where it has more than twice the area that a model was made for."""
+    size = opened(picture).size
+    shrink = min(1.0, (2 * recommended[0] * recommended[1] / (size[0] * size[1])) ** 0.5)
+    return tuple(max(1, int(side * shrink)) for side in size)
+
+
 def opened(path: Path) -> "Image.Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 

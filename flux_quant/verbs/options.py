@@ -103,6 +103,7 @@ Preview = Annotated[
 # Of `inpaint`.
 PaintedPicture = Annotated[Path, typer.Option("--image", metavar="FILE", help="the picture")]
 PaintedMask = Annotated[Path, typer.Option("--mask", metavar="FILE", help="white where it is drawn anew")]
+PaintedSize = Annotated[str | None, typer.Option("--size", metavar="WxH", help="pixels [default: of the picture]")]
 PaintedStrength = Annotated[
     float, typer.Option("--strength", help="1: from noise; less keeps traces of what is covered")
 ]
