@@ -242,6 +242,8 @@ def test_two_hints_for_one_union_net_are_those_of_diffusers(parts, features, bun
         control_image=[rgb(files / "hint.png"), rgb(files / "given.png")],
         control_mode=[0, 4],
         controlnet_conditioning_scale=[0.5, 0.9],
+        control_guidance_start=[0.0, 0.0],  # as lists: diffusers would drop the second hint without them
+        control_guidance_end=[1.0, 1.0],
     )
     controls = (
         control(files, "union", mode="canny", scale=0.5),
