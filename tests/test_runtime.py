@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flux_quant import runtime
 from flux_quant.components import BUNDLED, find_components
+from flux_quant.drawing import vae
 from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
 from flux_quant.drawing.schedules import noise_levels
@@ -23,6 +24,8 @@ from flux_quant.planner.gpus import find_gpu
 from flux_quant.planner.memory import Budget
 from flux_quant.planner.steptime import Host
 from flux_quant.streaming import StreamPlan, block_bytes, rings_for, spread_evenly
+from flux_quant.text.encode import TextOptions
+from flux_quant.text.prompt_cache import PromptCache
 
 GB = 10**9
 
@@ -229,19 +232,23 @@ def test_readings_of_cuda():
 
 @pytest.mark.parametrize("compute", ["16-bit", "int8"])
 @pytest.mark.parametrize("negative", [None, "penguin"])
-def test_generate_on_a_device_that_is_too_small(model, compute, negative, monkeypatch):
-    """Plan, T5 and blocks through slots, hoisted modulation, tiles of the VAE: the picture is that of a big machine."""
-    components = find_components(BUNDLED)
-    request = Request("red apple", steps=3, size=(96, 96), negative=negative, cfg=1.0 if negative is None else 3.0)
-    whole = generate(components, request, compute=compute)
+@pytest.mark.parametrize("tiled", [False, True], ids=["one piece", "tiles"])
+def test_generate_on_a_device_that_is_too_small(model, compute, negative, tiled, monkeypatch, tmp_path):
+    """Plan, T5 and blocks through slots, hoisted modulation, tiles of the VAE, a cached prompt: always the picture of
+    a machine that is big enough."""
+    components, cache = find_components(BUNDLED), PromptCache(tmp_path)
+    request = Request("red apple", steps=3, size=(192, 96), negative=negative, cfg=1.0 if negative is None else 3.0)
+    free = 35_000_000 if tiled else 8 * GB  # two tiles, or all in one piece
+    monkeypatch.setattr(vae, "free_memory", lambda device: free)
+    whole = generate(components, request, compute=compute, text=TextOptions(cache=cache))
     lines = []
-    small = memory(model, None, Quiet(free=8 * GB), lines.append)
-    monkeypatch.setattr(planner, "plan", lambda model, *rest: shrunk(made(model, *rest)))
-    made = planned_by_machine
-    streamed = generate(components, request, memory=small, compute=compute)
-    assert streamed.image.tobytes() == whole.image.tobytes()
-    assert streamed.metrics["total_bytes"] > 0 and streamed.metrics["misses"] == 0
-    assert len(streamed.metrics["step_seconds"]) == 3
+    small = memory(model, None, Quiet(free=free, held=0), lines.append)
+    monkeypatch.setattr(planner, "plan", lambda model, *rest: shrunk(planned_by_machine(model, *rest)))
+    for text in (TextOptions(), TextOptions(cache=cache)):
+        streamed = generate(components, request, memory=small, compute=compute, text=text)
+        assert streamed.image.tobytes() == whole.image.tobytes()
+        assert streamed.metrics["total_bytes"] > 0 and streamed.metrics["misses"] == 0
+        assert len(streamed.metrics["step_seconds"]) == 3
     assert any("blocks" in line for line in lines)
     assert {"load", "text", "modulation", "denoise", "decode"} <= set(streamed.measured()["seconds"])
 
