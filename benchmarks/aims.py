@@ -1,8 +1,8 @@
-"""What the kernels are to reach on a GPU, and what the results of this one say: met, or missed by how much.
+"""What kernels and streaming are to reach on a GPU, and what the results of this one say: met, or missed by how much.
 
     python -I -m flux_quant.benchmarks.aims [--save]
 
-Reads the results of `kernels`, `products8` and `step` that were measured on the same device.
+Reads the results of SUITES that were measured on the same device.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_quant.benchmarks.machine import RESULTS, device_name, result_path, write_result
+from flux_quant.planner.memory import parse_amount
 
 EIGHT_BITS, FOUR_BITS = ("q8_0", "fp8", "fp8_rows"), ("q4_k",)
+SUITES = ("kernels", "products8", "step", "streaming", "offloaders")
 Results = dict[str, dict]
 
 
@@ -74,6 +76,54 @@ def step(results: Results) -> dict[str, float]:
     return {row["format"]: row["of_bf16"] for row in results["step"]["rows"] if row["format"] in ("q8_0", "q4_k")}
 
 
+def streamed(emulated: bool, column: str = "ratio") -> Callable[[Results], dict[str, float]]:
+    """Of the steps of one picture under a budget."""
+
+    def values(results: Results) -> dict[str, float]:
+        found = [row for row in results["streaming"]["rows"] if row["what"] == "step" and row["vram"]]
+        chosen = [row for row in found if ("emulated_gb_per_s" in row) == emulated]
+        return {place_of(row): row[column] for row in chosen if row.get(column) is not None}
+
+    return values
+
+
+def place_of(row: dict) -> str:
+    link = f", {row['emulated_gb_per_s']:.0f} GB/s" if "emulated_gb_per_s" in row else ""
+    return f"{row['format']} {row['size']} px x {row['batch']}, {row['vram']}{link}"
+
+
+def of_budget(*kinds: str) -> Callable[[Results], dict[str, float]]:
+    """Peak of the whole process on the device."""
+
+    def values(results: Results) -> dict[str, float]:
+        found = [row for row in results["streaming"]["rows"] if row["what"] in kinds and row.get("vram")]
+        return {f"{i} {row['what']} {row['vram']}": row["peak"] / budget_of(row) for i, row in enumerate(found)}
+
+    return values
+
+
+def budget_of(row: dict) -> int:
+    return row.get("budget") or parse_amount(row["vram"])
+
+
+def host_ram(results: Results) -> dict[str, float]:
+    rows = [row for row in results["streaming"]["rows"] if row["what"] == "ram"]
+    return {row["format"]: row["ram_ratio"] for row in rows if "ram_ratio" in row}
+
+
+def of_offloaders(results: Results) -> dict[str, float]:
+    """BF16 at 4 GB against the fastest of the offloaders that ran under that cap, by size of the picture."""
+    others = [row for row in results["offloaders"]["rows"] if row["vram"] == "4GB" and "reduced_to" not in row]
+    ours = {
+        row["size"]: row["seconds"]
+        for row in results["streaming"]["rows"]
+        if (row["what"], row.get("format"), row.get("vram"), row.get("batch")) == ("step", "bf16", "4GB", 1)
+        and "emulated_gb_per_s" not in row
+    }
+    best = {size: min((row["seconds"] for row in others if row["size"] == size), default=None) for size in ours}
+    return {f"{size} px": seconds / best[size] for size, seconds in ours.items() if best[size]}
+
+
 AIMS = (
     Aim("unpacking, share of the copy bandwidth", 0.85, unpacking),
     Aim("linear at 4608 rows, of dense", 0.93, linear(4608)),
@@ -83,6 +133,12 @@ AIMS = (
     Aim("int8 at 4608 rows, times dense", 1.4, eight_bits("int8 by")),
     Aim("FP8 at 4608 rows, times dense", 1.5, eight_bits("fp8")),
     Aim("a whole step, times BF16's", 1.08, step, at_most=True),
+    Aim("a streamed step, times max(compute, copies)", 1.05, streamed(emulated=False), at_most=True),
+    Aim("the same over an emulated slower link", 1.05, streamed(emulated=True), at_most=True),
+    Aim("peak of the steps, share of the budget", 1.0, of_budget("step", "modulation"), at_most=True),
+    Aim("peak of T5 and VAE, share of the budget", 1.0, of_budget("t5", "vae"), at_most=True),
+    Aim("RAM, times the bytes of the weights", 1.01, host_ram, at_most=True),
+    Aim("streamed BF16, times the fastest offloader", 1.0, of_offloaders, at_most=True),
 )
 
 
@@ -99,7 +155,7 @@ def judged(results: Results) -> Iterator[dict[str, object]]:
 
 def read_results() -> Results:
     """Results of this device, by suite; those that do not exist are left out."""
-    paths = {name: result_path(name, RESULTS) for name in ("kernels", "products8", "step")}
+    paths = {name: result_path(name, RESULTS) for name in SUITES}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 

@@ -1,9 +1,11 @@
 """The GPU suite: everything that only a CUDA device can tell. One JSON per part in `benchmarks/results/`.
 
     python -I -m flux_quant.benchmarks.gpu [--only tests,kernels] [--allow-skip] [--dry-run]
+    python -I -m flux_quant.benchmarks.gpu --only streaming
 
-Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself; together
-they stay under nine minutes. `--dry-run` walks through all of them on small sizes, on a CPU too, and keeps nothing.
+Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself. There are
+two calls, as the parts of each stay under nine minutes together: the kernels, and `--only streaming`, which stands for
+everything about streaming. `--dry-run` walks through both on small sizes, on a CPU too, and keeps nothing.
 """
 
 import argparse
@@ -42,6 +44,12 @@ PARTS = {
     "step": Part("flux_quant.benchmarks.step", 80),
     "aims": Part("flux_quant.benchmarks.aims", 20),
 }
+SECOND = {  # the second call; both measurements stop by themselves before they are stopped
+    "streaming": Part("flux_quant.benchmarks.streaming", 350, ("--save", "--seconds", "325")),
+    "offloaders": Part("flux_quant.benchmarks.offloaders", 170, ("--save", "--seconds", "160")),
+    "aims": PARTS["aims"],
+}
+ALL = PARTS | SECOND
 
 
 def run_tests() -> bool:
@@ -88,28 +96,36 @@ def run(name: str, part: Part, dry: bool) -> dict[str, object]:
     return {"outcome": outcome, "seconds": seconds}
 
 
+def parts_of(only: str | None, dry: bool) -> list[str]:
+    """Names of the parts of a call: the first call's if none are named, and in a dry run all there are."""
+    if only is None:
+        return list(ALL if dry else PARTS)
+    return list(SECOND) if only == "streaming" else [name for name in only.split(",") if name]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts with commas between them")
+    parser.add_argument("--only", help=f"some of {', '.join(ALL)}, with commas between them; streaming: all about it")
     parser.add_argument("--allow-skip", action="store_true", help="without CUDA, succeed and do nothing")
     parser.add_argument(
         "--dry-run", action="store_true", help="every part on small sizes, on any device; keeps nothing"
     )
     parser.add_argument("--tests", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    chosen = [name for name in args.only.split(",") if name]
-    if unknown := [name for name in chosen if name not in PARTS]:
-        parser.error(f"unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
+    chosen = parts_of(args.only, args.dry_run)
+    if unknown := [name for name in chosen if name not in ALL]:
+        parser.error(f"unknown part {unknown[0]}; choose from {', '.join(ALL)}")
     if not torch.cuda.is_available() and not args.dry_run:
         print(f"GPU suite skipped: no CUDA device (torch {torch.__version__})", file=sys.stderr)
         return 0 if args.allow_skip else 1
     if args.tests:
         return 0 if run_tests() else 1
     print(f"GPU suite on {device_name()}")
-    parts = {name: PARTS[name] for name in chosen if not (args.dry_run and name == "tests")}
+    parts = {name: ALL[name] for name in chosen if not (args.dry_run and name == "tests")}
     outcomes = {name: run(name, part, args.dry_run) for name, part in parts.items()}
     if not args.dry_run:
-        print(f"wrote {write_result('gpu', {'parts': outcomes})}; results are in {RESULTS}")
+        suite = "gpu-streaming" if set(parts) & set(SECOND) - set(PARTS) else "gpu"
+        print(f"wrote {write_result(suite, {'parts': outcomes})}; results are in {RESULTS}")
     return 0 if all(row["outcome"] == "ok" for row in outcomes.values()) else 1
 
 

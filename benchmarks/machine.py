@@ -41,11 +41,19 @@ def fingerprint() -> dict[str, object]:
     return out
 
 
-def write_result(suite: str, result: dict[str, object], folder: Path = RESULTS) -> Path:
-    """`folder/suite-device.json`, which replaces the last one of this device."""
+def write_result(
+    suite: str, result: dict[str, object], folder: Path = RESULTS, machine: dict[str, object] | None = None
+) -> Path:
+    """`folder/suite-device.json`, which replaces the last one of this device: complete or not at all.
+
+    machine: its fingerprint, where that is known already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = result_path(suite, folder)
-    path.write_text(json.dumps({"suite": suite, "machine": fingerprint(), **result}, indent=1) + "\n")
+    temporary = path.with_suffix(".tmp")
+    content = {"suite": suite, "machine": machine or fingerprint(), **result}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
     return path
 
 

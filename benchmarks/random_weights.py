@@ -39,17 +39,23 @@ def random_parts(fmt: QuantFormat, shape: tuple[int, int], device: torch.device,
 def gathered(part: Tensor, rows: Tensor) -> Tensor:
     if part.ndim == 0:
         return part.clone()
-    return part.view(torch.uint8)[rows].view(part.dtype) if part.itemsize == 1 else part[rows]  # no FP8 indexing
+    kind = torch.uint8 if part.itemsize == 1 else part.dtype  # there is no FP8 indexing
+    return part.view(kind).index_select(0, rows).view(part.dtype)
 
 
-def random_flux(name: str, device: torch.device, dtype: torch.dtype, config: FluxConfig) -> Flux:
-    """The engine with its linears in format `name`, those of K that is no multiple of its blocks in `dtype`."""
+def random_flux(
+    name: str, device: torch.device, dtype: torch.dtype, config: FluxConfig, target: torch.device | None = None
+) -> Flux:
+    """The engine with its linears in format `name`, those of K that is no multiple of its blocks in `dtype`.
+
+    target: the device whose form the weights are in, where that is not the one they lie on.
+    """
     with torch.device("meta"):
         model = Flux(config)
     for seed, (path, layer) in enumerate(list(model.named_modules())):
         if isinstance(layer, nn.Linear):
             shape = tuple(layer.weight.shape)
-            fmt = on_device(name, device) if FORMATS[name].fits(shape) else FORMATS[PLAIN[dtype]]
+            fmt = on_device(name, target or device) if FORMATS[name].fits(shape) else FORMATS[PLAIN[dtype]]
             bias = torch.randn(shape[0], device=device, dtype=dtype) * SPREAD
             model.set_submodule(path, QuantLinear.from_parts(fmt, random_parts(fmt, shape, device, seed), bias))
         else:
