@@ -105,6 +105,11 @@ def live(blocks: int, outputs: int, repeats: bool = False) -> int:
     return 1 + max(turns(blocks, outputs, repeats)) if outputs and blocks else 0
 
 
+def served(samples: Sequence[Tensor], blocks: int, repeats: bool = False) -> list[Tensor]:
+    """The residual of each block of the model, from those that a net gives."""
+    return [samples[i] for i in turns(blocks, len(samples), repeats)] if samples else []
+
+
 class Hint(nn.Module):
     """Pixels to 16 channels at an eighth of the size: 8 convolutions with SiLU between them, three of stride 2."""
 

@@ -20,7 +20,7 @@ from flux_quant.drawing.given import check_given, from_noise, kind_of, load_nets
 from flux_quant.drawing.request import ControlRequest, Request, parse_controls
 from flux_quant.drawing.sampling import denoise
 from flux_quant.errors import UserError
-from flux_quant.frontends.diffusers import load_pipeline
+from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux
 from flux_quant.naming import to_diffusers
@@ -214,6 +214,27 @@ def test_controlnets_are_those_of_diffusers(parts, features, bundled: Components
     found = ours(features, bundled.transformer, controls=(asked,))
     assert_close(found, expected)
     assert (ours(features, bundled.transformer) - found).norm() > 0.01 * found.norm()
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@torch.no_grad()
+def test_the_engine_takes_residuals_from_diffusers(bundled: Components, repeat: bool):
+    """Of a ControlNet in diffusers' own pipelines, where the engine stands in for the transformer."""
+    g = torch.Generator().manual_seed(5)
+    given = dict(
+        hidden_states=torch.randn(2, 6, 64, generator=g),
+        encoder_hidden_states=torch.randn(2, 3, 128, generator=g),
+        pooled_projections=torch.randn(2, 128, generator=g),
+        timestep=torch.tensor([0.9, 0.4]),
+        img_ids=torch.zeros(6, 3),
+        txt_ids=torch.zeros(3, 3),
+        guidance=torch.tensor([2.0, 3.5]),
+        controlnet_block_samples=[torch.randn(2, 6, 256, generator=g) for _ in range(3)],
+        controlnet_single_block_samples=[torch.randn(2, 6, 256, generator=g) for _ in range(2)],
+        controlnet_blocks_repeat=repeat,
+    )
+    found = load_transformer(bundled.transformer)(**given).sample
+    assert_close(found, their_transformer(bundled.transformer)(**given).sample)
 
 
 def test_union_nets_are_those_of_diffusers(parts, features, bundled: Components, files: Path):

@@ -166,8 +166,8 @@ def test_engine_in_diffusers_refuses_what_it_cannot_do(bundled: Components):
     )
     (sample,) = transformer(**inputs, return_dict=False)
     assert torch.equal(transformer(**inputs).sample, sample)
-    with pytest.raises(ValueError, match="controlnet_block_samples"):
-        transformer(**inputs, controlnet_block_samples=[torch.zeros(1)])
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds"):
+        transformer(**inputs, joint_attention_kwargs={"ip_adapter_image_embeds": [torch.zeros(1)]})
 
 
 def test_models_that_need_a_picture_are_refused(bundled: Components, tmp_path: Path):

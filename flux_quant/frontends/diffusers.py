@@ -11,7 +11,7 @@ A pipeline asks step by step. At the first step the modulation of all that follo
 known, and kept for the next picture with the same prompt, guidance and steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.components import Components
+from flux_quant.controlnet import served
 from flux_quant.drawing.sampling import make_scheduler
 from flux_quant.loading import load_clip, load_flux, load_t5, load_vae
-from flux_quant.model import Flux, StepModulation
+from flux_quant.model import Flux, Residuals, StepModulation
 from flux_quant.modulation import Call, HoistedModulation
 from flux_quant.text.tokenizers import load_tokenizer
 
@@ -66,11 +67,14 @@ class EngineTransformer(nn.Module):
         txt_ids: Tensor,
         guidance: Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,
         return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
         **unsupported: Any,
     ) -> "Transformer2DModelOutput | tuple[Tensor]":
         """As FluxTransformer2DModel.forward: timestep (B,) in 0-1, ids (S, 3) and (T, 3). ValueError for what the
-        engine does not do, such as ControlNet residuals, rather than a picture without it."""
+        engine does not do, such as an IP adapter, rather than a picture without it."""
         if joint_attention_kwargs:
             unsupported = unsupported | joint_attention_kwargs
         if given := [name for name, value in unsupported.items() if value is not None and value is not False]:
@@ -79,7 +83,12 @@ class EngineTransformer(nn.Module):
         inputs = (tensor.to(dtype) for tensor in (hidden_states, encoder_hidden_states, pooled_projections))
         ids = (one[0] if one.ndim == 3 else one for one in (img_ids, txt_ids))
         rows = None if torch.is_grad_enabled() else self.rows(timestep, pooled_projections, guidance)
-        sample = self.engine(*inputs, timestep.float(), *ids, guidance, rows).to(hidden_states.dtype)
+        blocks, repeat = self.engine.config, controlnet_blocks_repeat
+        residuals = Residuals(
+            served([x.to(dtype) for x in controlnet_block_samples or ()], blocks.double_blocks, repeat),
+            served([x.to(dtype) for x in controlnet_single_block_samples or ()], blocks.single_blocks),
+        )
+        sample = self.engine(*inputs, timestep.float(), *ids, guidance, rows, residuals).to(hidden_states.dtype)
         if not return_dict:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
