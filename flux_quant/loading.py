@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from flux_quant import arch
 from flux_quant.configs import clip_config, t5_config, vae_config
 from flux_quant.controlnet import ControlNet, ControlNetConfig, Joined
-from flux_quant.converters.checkpoint import CheckpointReader, load
-from flux_quant.converters.component import Component, open_component
+from flux_quant.converters.checkpoint import CheckpointReader, load, open_checkpoint
+from flux_quant.converters.component import Component, components, open_component, select
 from flux_quant.embedding import QuantEmbedding
 from flux_quant.errors import UserError
 from flux_quant.families import Family
@@ -78,12 +78,47 @@ class BothNamings:
         return () if all(self.own.tensors[piece].format == "f32" for piece in stored.names) else stored.names
 
 
+XLABS = {  # our name of a module -> XLabs' own, where it is another
+    "controlnet_x_embedder": "pos_embed_input",
+    "input_hint_block.conv_in": "input_hint_block.0",
+    **{f"input_hint_block.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)},
+    "input_hint_block.conv_out": "input_hint_block.14",
+}
+
+
+class XLabsNaming:
+    """A ControlNet as XLabs publishes it, BFL's names and a list of convolutions, as a reader."""
+
+    def __init__(self, own: Component) -> None:
+        self.own, self.path = own, own.path
+        ours = {stored: name for name, stored in XLABS.items()}
+        self.names = {}
+        for name in own.tensors:
+            module, _, kind = name.rpartition(".")
+            self.names[f"{ours.get(module, module)}.{kind}"] = name
+        self.tensors = {name: own.tensors[stored] for name, stored in self.names.items()}
+
+    def read(self, name: str) -> tuple[Tensor, ...]:
+        return self.own.read(self.names[name])
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        return ()
+
+
+def open_controlnet(path: str | Path) -> BothNamings | XLabsNaming:
+    reader = open_checkpoint(path)
+    for component in components(reader):
+        if component.family.name == "XLabs ControlNet":
+            return XLabsNaming(component)
+    return BothNamings(select(reader, "FLUX ControlNet"))
+
+
 def load_controlnet(path: str | Path, base: arch.FluxConfig) -> ControlNet:
     """A net for models of that configuration, over the file's weights, on the CPU. Blocks without use stay in the file.
 
     UserError that names the file if the net is incomplete, or one for other models.
     """
-    reader = BothNamings(open_component(path, "FLUX ControlNet"))
+    reader = open_controlnet(path)
     try:
         config = ControlNetConfig.from_shapes(shapes_of(reader), base)
     except UserError as error:
@@ -95,7 +130,7 @@ def load_controlnet(path: str | Path, base: arch.FluxConfig) -> ControlNet:
     return net.eval()
 
 
-def joined_(net: ControlNet, reader: BothNamings) -> dict[str, str]:
+def joined_(net: ControlNet, reader: BothNamings | XLabsNaming) -> dict[str, str]:
     """Linears whose stored pieces cannot be one become several. Parameter -> tensor, for those."""
     sources = {}
     for path, layer in list(net.named_modules()):

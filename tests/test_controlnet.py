@@ -17,7 +17,7 @@ from flux_quant.drawing.sampling import Conditioning, Drawing, denoise, first_no
 from flux_quant.errors import UserError
 from flux_quant.loading import load_controlnet
 from flux_quant.model import Flux, Residuals, image_ids, text_ids
-from flux_quant.naming import to_diffusers
+from flux_quant.naming import from_stored, gather, to_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
 BASE = FluxConfig(64, 64, 64, 32, 256, 48, 40, 7, 9, True)
@@ -176,6 +176,40 @@ def test_single_blocks_need_all_double_ones(tmp_path: Path):
     assert (len(net.double_blocks), len(net.controlnet_blocks), len(net.single_blocks)) == (6, 4, 2)
 
 
+def in_xlabs_names(net: nn.Module) -> dict[str, Tensor]:
+    """From diffusers' names, by hand where XLabs has another word."""
+    state = net.state_dict()
+    names = {"controlnet_x_embedder": "pos_embed_input"}
+    names |= {"input_hint_block.conv_in": "input_hint_block.0", "input_hint_block.conv_out": "input_hint_block.14"}
+    names |= {f"input_hint_block.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)}
+    places = from_stored("FLUX.1", "diffusers", {name: tuple(x.shape) for name, x in state.items()})
+    out = {name: gather(place, state).contiguous() for name, place in places.items()}
+    for name, value in state.items():
+        module, _, kind = name.rpartition(".")
+        if name.startswith(("controlnet_", "input_hint_block")):
+            out[f"{names.get(module, module)}.{kind}"] = value
+    return out
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "XLabs"])
+@torch.no_grad()
+def test_nets_that_see_pixels(naming: str, engine: Flux, judge: nn.Module, tmp_path: Path):
+    """XLabs': a hint in pixels, residuals that take turns."""
+    theirs = diffusers_net(
+        num_layers=2, num_single_layers=0, guidance_embeds=True, conditioning_embedding_channels=16, patch_size=2
+    )
+    save_file(theirs.state_dict() if naming == "diffusers" else in_xlabs_names(theirs), tmp_path / "net.safetensors")
+    net = load_controlnet(tmp_path / "net.safetensors", BASE)
+    assert (len(net.double_blocks), net.config.from_pixels, net.config.repeats) == (2, True, True)
+    x, hint = inputs(), torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    given = in_diffusers_names(x)
+    samples = theirs(controlnet_cond=hint, **given).controlnet_block_samples
+    expected = judge(**given, controlnet_block_samples=samples, controlnet_blocks_repeat=True).sample
+    found = engine(**x, residuals=residuals_of(net, x, net.tokens(hint)))
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(engine(**x), expected) > 0.01
+
+
 @torch.no_grad()
 def test_several_nets_are_those_of_diffusers(engine: Flux, judge: nn.Module, tmp_path: Path):
     from diffusers import FluxMultiControlNetModel
@@ -205,7 +239,7 @@ def test_several_nets_are_those_of_diffusers(engine: Flux, judge: nn.Module, tmp
 
 @torch.no_grad()
 def test_nets_of_different_depth_add_up(tmp_path: Path):
-    """Two residuals of one net serve 2 of 4 blocks each; three of another are one for 2, and one for 2: the third none."""
+    """Two residuals of one net serve 2 of 4 blocks each; of three of another two do, and the third serves none."""
     net = load_controlnet(saved(diffusers_net(**NETS["unguided"]), tmp_path), BASE)
     two, three = ([torch.full((1,), 10.0**i) for i in range(count)] for count in (2, 3))
     found = combined([(Control(net, condition()), two), (Control(net, condition(), 0.5), three)], 4)
