@@ -70,6 +70,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@test ! -f $(STAMP) || test "$$(cat $(STAMP))" = "$(CURDIR)" || rm -rf $(VENV)
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(if $(PREINSTALLED),--system-site-packages) $(VENV)
 ifneq ($(PREINSTALLED),)
+	@# The packages of $(PYTHON) may lie in a virtual environment of its own, and some in PYTHONPATH: all are named here.
+	@$(PYTHON) -c "import os, sys; more = os.environ.get('PYTHONPATH', '').split(os.pathsep); \
+	  print(*(p for p in sys.path if p in more or p.endswith('-packages')), sep='\n')" \
+	  > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/preinstalled.pth"
 	$(PIP) uninstall -q -y setuptools  # venv's own, where Python brings one, hides the newer one of the image
 	$(PIP) install --no-deps --no-build-isolation -e .
 else
