@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from stream_backends import ThreadDevice
 from torch import Tensor, nn
 
+from flux_quant import runtime
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing import vae
@@ -23,8 +25,12 @@ from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux
+from flux_quant.modulation import hoisted_modules
 from flux_quant.naming import to_diffusers
 from flux_quant.pipeline import encode, generate, make_drawing
+from flux_quant.planner.gpus import find_gpu
+from flux_quant.planner.memory import Budget
+from flux_quant.planner.steptime import Host
 from flux_quant.text.encode import TextFeatures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
@@ -457,3 +463,46 @@ def test_the_engine_without_nets_is_untouched(bundled: Components, features: Tex
         patch.setattr(Flux, "forward", watch)
         denoise(model, make_drawing([Request(PROMPT, **ASKED)], model.config, features))
     assert len(seen) == 3 and not any(any(residuals) for residuals in seen)
+
+
+# --- Beside streamed blocks -------------------------------------------------------------------------------------------
+
+
+def test_nets_are_counted_and_freed(bundled: Components, files: Path):
+    """A net beside blocks on a stand-in for a GPU: the plan knows its bytes, the picture is the same."""
+    works, lines = [], []
+
+    class Noted(runtime.Memory):
+        def plan(self, model, work, encoder):
+            works.append(work)
+            return super().plan(model, work, encoder)
+
+    machine = find_gpu("rtx-3060-12gb").machine()
+    budget = Budget(8 * 10**9, "test")
+    small = Noted(ThreadDevice(lazy=False, compute_is_host=True), machine, budget, Host(), Roomy(), log=lines.append)
+    request = Request(PROMPT, steps=3, size=SIZE, controls=(control(files, span=(0.0, 0.7)),))
+    streamed = generate(bundled, request, memory=small)
+    assert streamed.image.tobytes() == generate(bundled, request).image.tobytes()
+    ((_, net),) = load_nets(request, load_flux(bundled.transformer).config)
+    hoisted = {id(x) for part in hoisted_modules(net) for x in (*part.parameters(), *part.buffers())}
+    weights = sum(x.nbytes for x in (*net.parameters(), *net.buffers()) if id(x) not in hoisted)
+    assert works[0].controlnets == weights + (2 + 3) * 30 * 256 * 2
+    generate(bundled, replace(request, controls=()), memory=small)
+    assert works[1].controlnets == 0
+    generate(bundled, replace(request, controls=(), reference=files / "wide.png"), memory=small)
+    assert works[2].image_tokens - works[1].image_tokens == works[2].reference == 32
+
+
+class Roomy:
+    """What a device says that is large enough."""
+
+    def free(self) -> int:
+        return 8 * 10**9
+
+    def held(self) -> int:
+        return 0
+
+    now = held
+
+    def forget(self) -> None:
+        pass
