@@ -7,6 +7,7 @@
 The starting noise is that of diffusers' FluxPipeline with a CPU generator of the same seed.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,9 @@ from flux_quant.components import Components
 from flux_quant.configs import vae_config
 from flux_quant.controlnet import device_bytes
 from flux_quant.converters.component import open_component
+from flux_quant.converters.lora_io import read_lora
+from flux_quant.converters.lora_records import Lora
+from flux_quant.converters.lora_report import check_complete
 from flux_quant.drawing import preview, vae
 from flux_quant.drawing.given import (
     Given,
@@ -44,11 +48,12 @@ from flux_quant.drawing.sampling import (
     StepState,
     controls_of,
     denoise,
+    modulation_rows,
     no_progress,
-    steering_calls,
 )
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae, shapes_of
+from flux_quant.lora import Strength, apply_, at, shapes_in
 from flux_quant.model import Flux, pack_latents, unpack_latents
 from flux_quant.modulation import HoistedModulation
 from flux_quant.planner.footprint import BYTES, TextEncoder, Work
@@ -110,6 +115,9 @@ def generate(
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_flux(components.transformer)  # mapped: it takes memory only as it is moved or used
+        loras = load_loras(request, model)
+        apply_(model, loras, dtype=dtype)
+        text = replace(text, loras=text_strengths(loras))
         open_component(components.vae, "VAE")  # what is wrong with it is better known before the work
         nets = load_nets(request, model.config)
         check_given(request, model.config, nets)
@@ -131,7 +139,7 @@ def generate(
         drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, given)
         with timed(seconds, "modulation"):
             modulation = HoistedModulation(model)
-            modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype)
+            modulation_rows(model, drawing, modulation, device, dtype)
             controls_of(model, drawing, device, dtype)
         tokens, metrics = draw(
             model,
@@ -184,6 +192,23 @@ def draw(
         with timed(seconds, "denoise"):
             tokens = residence.run(lambda: denoise(model, drawing, dtype, modulation, progress, after_step))
         return tokens, residence.metrics()
+
+
+def load_loras(request: Request, model: Flux) -> list[tuple[Lora, Strength]]:
+    """The files of a request, read for this model; keys that found no place are warned of."""
+    shapes = shapes_in(model)
+    loras = [(read_lora(path, shapes), strength) for path, strength in request.loras]
+    for lora, _ in loras:
+        check_complete(lora)
+        if lora.unused:
+            first = lora.unused[0]
+            warnings.warn(f"{len(lora.unused)} keys of {lora.path} have no place, {first} among them", stacklevel=2)
+    return loras
+
+
+def text_strengths(loras: Sequence[tuple[Lora, Strength]]) -> tuple[tuple[Lora, float], ...]:
+    """Text is encoded once: by the strength of the first step."""
+    return tuple((lora, at(strength, 0)) for lora, strength in loras)
 
 
 def planned(

@@ -25,6 +25,7 @@ from torch import nn
 from flux_quant.errors import UserError
 from flux_quant.kernels import fallback
 from flux_quant.linear import QuantLinear, repack_, set_compute_
+from flux_quant.lora import tensors_by_block, tensors_by_module
 from flux_quant.modulation import hoisted_modules, move_without_
 from flux_quant.planner import plan as planner
 from flux_quant.planner.doctor import diagnose, machine_of
@@ -178,21 +179,27 @@ class Residence:
 
     def __enter__(self) -> "Residence":
         self.plan = fitted(self.plan, self.model)
+        factors, self.outside = tensors_by_block(self.model, self.plan.stream.names, hoisted_modules(self.model))
         self.streamer = self.climb(
             lambda: BlockStreamer(
                 self.model,
                 self.plan.stream,
                 self.memory.device,
                 self.memory.ram_budget,
+                extra=factors,
                 exclude=hoisted_globs(self.model),
             )
         )
+        for path in self.outside:
+            path.move_(lambda tensor: tensor.to(self.memory.place))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.streamer.detach()
+        for path in self.outside:
+            path.move_(lambda tensor: tensor.to("cpu"))
 
     def run(self, work: Callable[[], T]) -> T:
         """work(), from the beginning again with a smaller plan each time that memory runs out."""
@@ -280,7 +287,8 @@ def prepare(model: nn.Module, device: torch.device | str, compute: str, pinnable
 def fitted(plan: Plan, model: nn.Module) -> Plan:
     """The plan with the blocks' sizes as they are to the byte, and slots that hold them."""
     stream = plan.stream
-    sizes, _ = block_bytes(model, stream.names, exclude=hoisted_globs(model))
+    factors, _ = tensors_by_block(model, stream.names, hoisted_modules(model))
+    sizes, _ = block_bytes(model, stream.names, factors, exclude=hoisted_globs(model))
     if sizes == stream.sizes:
         return plan
     rings = (
@@ -297,13 +305,16 @@ def hoisted_globs(model: nn.Module) -> list[str]:
 
 
 def sizes_of(model: nn.Module) -> Model:
-    """What a plan needs to know of an engine as it is now: repacked, or with other formats for 8-bit compute."""
+    """What a plan needs to know of an engine as it is now: repacked, in formats for 8-bit compute, with its LoRAs."""
     tensors = {}
     for path, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             tensors[f"{path}.weight"] = (layer.out_features, layer.in_features), layer.fmt.name
         for name, tensor in layer.named_parameters(recurse=False):
             tensors[f"{path}.{name}" if path else name] = tuple(tensor.shape), PLAIN[tensor.dtype]
+    for path, factors in tensors_by_module(model).items():
+        for i, tensor in enumerate(factors):
+            tensors[f"{path}.adapter.{i}"] = tuple(tensor.shape), PLAIN[tensor.dtype]
     return Model.of(tensors)
 
 

@@ -15,6 +15,7 @@ from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing import latents, vae
 from flux_quant.drawing.latents import load_latents
 from flux_quant.drawing.request import Request
+from flux_quant.drawing.sampling import modulation_rows, steering_calls
 from flux_quant.drawing.vae import Memory
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae
@@ -249,12 +250,11 @@ def test_hoisting_changes_no_pixel(bundled: Components, monkeypatch: pytest.Monk
 
         calls = []
 
-        def remember(drawing, guided):
-            calls[:] = pipeline_calls(drawing, guided)
-            return pipeline_calls(drawing, guided)
+        def remember(model, drawing, *rest):
+            calls[:] = steering_calls(drawing, model.config.guidance)
+            return modulation_rows(model, drawing, *rest)
 
-        pipeline_calls = pipeline.steering_calls
-        patch.setattr(pipeline, "steering_calls", remember)
+        patch.setattr(pipeline, "modulation_rows", remember)
         patch.setattr(pipeline.Flux, "forward", step_by_step)
         plain = generate(bundled, request)
         assert not calls, "every pass was made step by step"

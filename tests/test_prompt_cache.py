@@ -14,6 +14,7 @@ import torch
 
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
+from flux_quant.converters.lora_records import Lora, Record
 from flux_quant.errors import UserError
 from flux_quant.pipeline import Request, encode
 from flux_quant.text import encode as text
@@ -102,6 +103,14 @@ def lengthen(path: Path) -> None:
     path.write_text(path.read_text() + "\n")
 
 
+def lora_of(component: str) -> Lora:
+    """That changes one norm, of the transformer something that no encoder looks at."""
+    norm = {"t5": "encoder.final_layer_norm", "clip_l": "text_model.final_layer_norm"}.get(component, "img_in")
+    change = {"value": torch.ones(128, 1)}
+    record = Record(component, norm, "diff", 0, 128, change, 1.0, None, None, (f"{norm}.w_norm",))
+    return Lora(Path(__file__), (record,), [], {}, {})
+
+
 CHANGES: dict[str, tuple[Callable[[Components], object], dict[str, object], list[str]]] = {
     "nothing": (lambda m: None, {}, []),
     "time of change": (lambda m: os.utime(m.t5, (1, 1)), {}, []),
@@ -110,7 +119,9 @@ CHANGES: dict[str, tuple[Callable[[Components], object], dict[str, object], list
     "length": (lambda m: None, {"pad_to": 7}, ["t5"]),
     "precision": (lambda m: None, {"placement": Placement(precision="mixed")}, ["t5"]),
     "how many at once": (lambda m: None, {"placement": Placement(at_once=4)}, []),
-    "LoRA": (lambda m: None, {"loras": (("ab12", 1.0),)}, ["t5", "clip"]),
+    "LoRA": (lambda m: None, {"loras": ((lora_of("t5"), 0.5), (lora_of("clip_l"), 1.0))}, ["t5", "clip"]),
+    "LoRA of CLIP": (lambda m: None, {"loras": ((lora_of("clip_l"), 1.0),)}, ["clip"]),
+    "LoRA of the transformer": (lambda m: None, {"loras": ((lora_of("transformer"), 1.0),)}, []),
     "last byte of T5": (lambda m: swap_byte(m.t5, -1), {}, ["t5"]),
     "byte in the middle of T5": (lambda m: swap_byte(m.t5, m.t5.stat().st_size // 2), {}, ["t5"]),
     "last byte of CLIP": (lambda m: swap_byte(m.clip, -1), {}, ["clip"]),

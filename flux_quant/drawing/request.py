@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from flux_quant.drawing.schedules import SCHEDULES, from_denoise, from_strength, noise_levels
 from flux_quant.errors import UserError
+from flux_quant.lora import Strength
 
 PATCH = 16  # pixels of a token: 8 of the VAE times 2
 STRENGTH = 0.6  # diffusers' default for FLUX.1
@@ -53,6 +54,7 @@ class Request:
     controls: tuple[ControlRequest, ...] = ()
     control_image: Path | None = None  # a hint for a Canny or Depth model itself
     reference: Path | None = None  # a picture that Kontext sees
+    loras: tuple[tuple[Path, Strength], ...] = ()  # files, with their strengths
 
     def __post_init__(self) -> None:
         for complaint in self.complaints():
@@ -127,6 +129,7 @@ class Request:
         unused = Request("", prompt_t5=self.prompt_t5)
         fields = {"steps", "guidance", "seed", "size", "prompt", "prompt_t5"}
         given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k) and k != "seeds"}
+        given |= {"loras": [f"{path}:{strength}" for path, strength in self.loras]} if self.loras else {}
         given |= {"controls": [str(control) for control in self.controls]} if self.controls else {}
         return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flux_quant.controlnet import Control, Controls
 from flux_quant.drawing import schedules
 from flux_quant.errors import UserError
+from flux_quant.lora import at_step_, steps_by_strength
 from flux_quant.model import Flux, Residuals, StepModulation, image_ids, text_ids, unpack_latents
 from flux_quant.modulation import Call, HoistedModulation
 
@@ -117,6 +118,18 @@ def calls_of_steps(drawing: Drawing, guided: bool) -> list[list[Call]]:
     ]
 
 
+def modulation_rows(
+    model: Flux, drawing: Drawing, modulation: HoistedModulation, device: torch.device | str, dtype: torch.dtype
+) -> list[StepModulation]:
+    """Of all `steering_calls`. Where LoRAs have other strengths in some steps, these are evaluated by themselves."""
+    calls, rows = calls_of_steps(drawing, model.config.guidance), {}
+    for steps in steps_by_strength(model, drawing.steps):
+        at_step_(model, steps[0])
+        found = iter(modulation.rows([call for step in steps for call in calls[step]], device, dtype))
+        rows |= {step: [next(found) for _ in calls[step]] for step in steps}
+    return [row for step in range(drawing.steps) for row in rows[step]]
+
+
 def controls_of(model: Flux, drawing: Drawing, device: torch.device | str, dtype: torch.dtype) -> Controls:
     """The nets of a drawing, their modulation evaluated. It is kept: a second call costs nothing."""
     return Controls(
@@ -139,12 +152,13 @@ def denoise(
     """
     modulation = modulation or HoistedModulation(model)
     device = drawing.noise.device
-    rows = iter(modulation.rows(steering_calls(drawing, model.config.guidance), device, dtype))
+    rows = iter(modulation_rows(model, drawing, modulation, device, dtype))
     noise, levels = drawing.noise.float(), drawing.levels
     x = noise if drawing.known is None else noised(drawing.known, noise, levels[0])
     with controls_of(model, drawing, device, dtype) as controls:
         watch = Watch(model, drawing, controls)
         for step in progress(range(drawing.steps)):
+            at_step_(model, step)
             passes = [
                 model_inputs(drawing, x, conditioning, next(rows), dtype) for conditioning in drawing.passes(step)
             ]

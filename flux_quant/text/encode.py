@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flux_quant.converters.lora_names import CLIP_L, T5
+from flux_quant.converters.lora_records import Lora
 from flux_quant.errors import UserError
 from flux_quant.text.encoders import Placement, clip_states, t5_states
 from flux_quant.text.identity import content, identity
@@ -36,7 +38,7 @@ class TextOptions:
     pad_to: int | None = None  # tokens of T5; None is what model and tokenizer were made for
     placement: Placement = Placement()
     cache: PromptCache | None = None
-    loras: tuple[tuple[str, float], ...] = ()  # (identity, strength) of what `attach` added: for the key alone
+    loras: tuple[tuple[Lora, float], ...] = ()  # with their strengths; what changes an encoder is in its key
 
     def __post_init__(self) -> None:
         if self.pad_to is not None and self.pad_to < 1:
@@ -73,11 +75,12 @@ def encode_t5(
     def run(texts: list[str]) -> list[Entry]:
         tokenizer = load_tokenizer(tokenizers, "t5")
         ids, places, cut = zip(*(tokens(tokenizer, text, length) for text in texts), strict=True)
-        states = t5_states(path, torch.tensor(ids), options.placement)
+        states = t5_states(path, torch.tensor(ids), options.placement, options.loras)
         notes = ({"places": here, "cut": left} for here, left in zip(places, cut, strict=True))
         return [Entry({"states": rows}, note) for rows, note in zip(states, notes, strict=True)]
 
-    key = dict(encoder="t5", length=length, precision=options.placement.precision)
+    loras = changing(T5, options)
+    key = dict(encoder="t5", length=length, precision=options.placement.precision, loras=loras)
     found = encoded([*(prompt.text for prompt in parsed), *empty], run, key, path, folder, options)
     for prompt in parsed:
         if cut := found[prompt.text].notes["cut"]:
@@ -93,10 +96,18 @@ def encode_clip(path: Path, tokenizers: Path, prompts: Sequence[str], options: T
     def run(texts: list[str]) -> list[Entry]:
         tokenizer = load_tokenizer(tokenizers, "clip")
         ids = torch.tensor([tokens(tokenizer, text, CLIP_LENGTH)[0] for text in texts])
-        return [Entry({"pooled": row}) for row in clip_states(path, ids, tokenizer.eos_token_id)]
+        return [Entry({"pooled": row}) for row in clip_states(path, ids, tokenizer.eos_token_id, options.loras)]
 
-    found = encoded(texts, run, dict(encoder="clip", length=CLIP_LENGTH), path, folder, options)
+    key = dict(encoder="clip", length=CLIP_LENGTH, loras=changing(CLIP_L, options))
+    found = encoded(texts, run, key, path, folder, options)
     return torch.stack([found[text].tensors["pooled"] for text in texts])
+
+
+def changing(component: str, options: TextOptions) -> list[list[object]]:
+    """Identity and strength of every LoRA that changes an encoder."""
+    memory = options.cache.models if options.cache else None
+    touching = ((lora, s) for lora, s in options.loras if any(r.component == component for r in lora.records))
+    return [[identity(lora.path, memory), float(strength)] for lora, strength in touching if options.cache]
 
 
 def weighted(prompt: Prompt, found: dict[str, Entry]) -> Tensor:
@@ -129,7 +140,6 @@ def encoded(
             model=identity(path, cache.models),
             tokenizer=content(tokenizer),
             products=torch.get_float32_matmul_precision(),
-            loras=[list(lora) for lora in options.loras],
         )
         keys = {text: {**common, "text": text} for text in found}
         found |= {text: cache.get(key) for text, key in keys.items()}

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from flux_quant.converters.component import Component
+from flux_quant.converters.lora_math import Adapters
+from flux_quant.converters.lora_names import CLIP_L, T5
 from flux_quant.errors import UserError
 from flux_quant.loading import load_clip, open_t5
+from flux_quant.lora import apply_
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -54,11 +57,12 @@ class Placement:
 
 
 @torch.no_grad()
-def t5_states(path: Path, ids: Tensor, placement: Placement = Placement()) -> Tensor:
+def t5_states(path: Path, ids: Tensor, placement: Placement = Placement(), loras: Adapters = ()) -> Tensor:
     """ids (B, T) -> states (B, T, context) on the CPU, in the dtype of the residual stream."""
     residual, products = PRECISIONS[placement.precision]
     device = torch.device(placement.device)
     model, reader = open_t5(path)
+    apply_(model, loras, T5, products)
     set_products(model, products)
     with reader, placed(model, device, placement.attach), released(model, reader, placement.ram_budget):
         passes = []
@@ -71,9 +75,10 @@ def t5_states(path: Path, ids: Tensor, placement: Placement = Placement()) -> Te
 
 
 @torch.no_grad()
-def clip_states(path: Path, ids: Tensor, end_of_text: int) -> Tensor:
+def clip_states(path: Path, ids: Tensor, end_of_text: int, loras: Adapters = ()) -> Tensor:
     """ids (B, T) -> the state of the first end token (B, pooled) float32, prompt after prompt."""
     model = load_clip(path, end_of_text)
+    apply_(model, loras, CLIP_L, torch.float32)
     return torch.cat([model(one).pooler_output for one in ids.split(1)])
 
 

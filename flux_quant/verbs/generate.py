@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from flux_quant.text.encoders import Placement
 
 
+PRESETS = {"turbo": (8, 3.5)}  # steps, guidance: FLUX.1-Turbo-Alpha, at strength 1; Hyper-FLUX at 0.125
+
+
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(decode)
@@ -28,8 +31,8 @@ def generate(
     prompt: opt.PromptText,
     output: opt.Picture,
     prompt_t5: opt.PromptT5 = None,
-    steps: opt.Steps = 20,
-    guidance: opt.Guidance = 3.5,
+    steps: opt.DrawingSteps = None,
+    guidance: opt.DrawingGuidance = None,
     seed: opt.Seed = 0,
     size: opt.PictureSize = None,
     width: opt.Width = None,
@@ -48,6 +51,8 @@ def generate(
     control_image: opt.ControlImages = None,
     control_mode: opt.ControlModes = None,
     reference: opt.ReferencePicture = None,
+    lora: opt.SideLoras = None,
+    preset: opt.Preset = None,
     save_latent: opt.SaveLatent = None,
     preview: opt.Preview = None,
     t5: opt.Component = None,
@@ -71,6 +76,7 @@ def generate(
     """
     from flux_quant import console
     from flux_quant.components import find_components, picture_size, recommended_size
+    from flux_quant.converters.lora_io import parse_lora_option
     from flux_quant.converters.shards import parse_size
     from flux_quant.drawing.latents import LatentFiles
     from flux_quant.drawing.request import (
@@ -90,6 +96,8 @@ def generate(
 
     if (width is None) != (height is None) or width is not None and size is not None:
         raise UserError("give --width and --height together, or --size")
+    usual = preset_of(preset)
+    steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
     chosen = parse_seeds(seeds, seed, batch)
     paths = picture_paths(output, chosen or (seed,))
     check_pictures([*paths, *([preview] if preview else [])], force)
@@ -110,6 +118,7 @@ def generate(
         negative, cfg, parse_range(cfg_range), image, strength, denoise, mask,
         controls=parse_controls(controlnet or (), control_image or (), control_mode or ()),
         control_image=None if controlnet else single_hint(control_image or (), control_mode or ()), reference=reference,
+        loras=tuple(map(parse_lora_option, lora or ())),
     )  # fmt: skip
     files = LatentFiles(save_latent, output.with_suffix(".latent.safetensors"), force)
     callback = previewer(preview, components.vae) if preview else None
@@ -119,6 +128,13 @@ def generate(
     if metrics:
         metrics.write_text(json.dumps(result.measured(), indent=1) + "\n")
     console.print_generation(paths, result)
+
+
+def preset_of(name: str | None) -> tuple[int, float]:
+    """Steps and guidance."""
+    if name is not None and name not in PRESETS:
+        raise UserError(f"--preset {name} is unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS.get(name, (20, 3.5))
 
 
 def memory_of(device: "torch.device", vram: str | None, ram: str | None) -> "Memory | None":

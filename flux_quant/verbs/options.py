@@ -112,6 +112,16 @@ PaintedStrength = Annotated[
 LatentFile = Annotated[Path, typer.Argument(metavar="LATENT", help="of generate --save-latent, or of a failed decode")]
 DecodingVae = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: the one it was drawn with]")]
 
+# Of `generate`: LoRAs.
+DrawingSteps = Annotated[int | None, typer.Option("--steps", min=1, help="denoising steps [default: 20, turbo 8]")]
+DrawingGuidance = Annotated[
+    float | None, typer.Option("--guidance", help="scale of the distilled guidance [default: 3.5]")
+]
+SideLoras = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="a LoRA beside the weights; repeatable")
+]
+Preset = Annotated[str | None, typer.Option(metavar="turbo", help="steps and guidance that a distilled LoRA is for")]
+
 # Of `generate`: text.
 PromptText = Annotated[str, typer.Option("--prompt", "-p", help="what CLIP, and T5 without --t5-prompt, read")]
 PromptT5 = Annotated[str | None, typer.Option("--t5-prompt", "--prompt-t5", help="another prompt for T5")]
