@@ -113,6 +113,8 @@ def rate_of(device: StreamDevice, nbytes: int = NBYTES, times: int = TIMES) -> l
     """bytes/s of copies from pinned memory, one after the other, nothing else going on; a first one does not count."""
     source, to = page_aligned(nbytes), device.allocate(nbytes)
     source.random_(generator=torch.Generator().manual_seed(0))
+    to.zero_()
+    device.finish()
     if not device.register(whole_pages(source)):
         raise UserError("the system does not let RAM be pinned: a link from pinned memory cannot be measured")
     try:

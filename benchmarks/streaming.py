@@ -1,6 +1,6 @@
 """The full-size transformer with random weights in less memory than it needs: peaks, step times, stalls, RAM.
 
-    python -I -m flux_quant.benchmarks.streaming [--formats q8_0,bf16] [--seconds 330] [--small] [--save]
+    python -I -m flux_quant.benchmarks.streaming [--formats q8_0,bf16 | --model FILE] [--seconds 330] [--small] [--save]
 
 Each format is built in RAM once and stays behind one streamer. Without a limit all blocks are on the device: their step
 is `compute`. Under each budget the planner's plan is carried out as `generate` does it (`runtime.Residence`: revised
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,13 +33,15 @@ from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_flu
 from flux_quant.benchmarks.stage import Stage, open_stage, ram
 from flux_quant.benchmarks.step import SMALL, inputs
 from flux_quant.errors import UserError
+from flux_quant.formats import FORMATS as CODECS
+from flux_quant.loading import load_flux
 from flux_quant.model import Flux
 from flux_quant.modulation import Call, HoistedModulation, Rows, hoisted_bytes, widened
 from flux_quant.planner import plan as planner
 from flux_quant.planner.footprint import Work, t5_xxl
 from flux_quant.planner.plan import Plan
 from flux_quant.planner.steptime import step_seconds
-from flux_quant.runtime import Memory, Residence, fitted, hoisted_globs, sizes_of
+from flux_quant.runtime import Memory, Residence, fitted, hoisted_globs, prepare, sizes_of
 from flux_quant.streaming import BlockStreamer, Ring, StreamPlan, block_bytes
 from flux_quant.streaming.device import COMPUTE
 from flux_quant.text.encoders import give_back
@@ -192,6 +195,7 @@ class Bench:
                 self.model(img, txt, None, None, image_places, text_places, steering=steering)
                 marks.add()
                 if step < WARM - 1:
+                    stage.link.finish()  # so that the revision sees this step, as it would see it some steps later
                     residence.after_step()
             return marks.seconds()
 
@@ -218,6 +222,11 @@ def levels() -> list[float]:
 
 
 def build(name: str, stage: Stage, small: bool) -> Flux:
+    """Random weights of a format, or those of a file, as `generate` keeps them in RAM."""
+    if name not in CODECS:
+        model = load_flux(name)
+        prepare(model, stage.place, "16-bit")
+        return model
     blocks = (2, 3) if small else (DOUBLE, SINGLE)
     config = FluxConfig(**(SMALL if small else DEV), double_blocks=blocks[0], single_blocks=blocks[1])
     return random_flux(name, torch.device("cpu"), stage.dtype, config, stage.place)
@@ -275,7 +284,7 @@ def measure(journal: Journal, stage: Stage, names: list[str], small: bool) -> No
 
 
 def measure_format(journal: Journal, bench: Bench, chosen: tuple[Case, ...]) -> None:
-    what, needs = {"format": bench.name}, 0.0 if bench.small else MEASURING
+    what, needs = {"format": Path(bench.name).name}, 0.0 if bench.small else MEASURING
     with bench.opened() as memory_row:
         journal.row({"what": "ram"} | what, lambda: memory_row)
         if journal.row({"what": "modulation", "vram": "4GB"} | what, lambda: bench.modulation("4GB"), needs) is None:
@@ -302,6 +311,7 @@ def line_of(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default=",".join(FORMATS), help="names with commas between them")
+    parser.add_argument("--model", help="a file with real weights, instead of random ones in --formats")
     parser.add_argument("--seconds", type=float, default=330, help="no row is begun that may end later")
     parser.add_argument("--small", action="store_true", help="a small model, on a CPU too: to see that it runs")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
@@ -309,8 +319,8 @@ def main() -> int:
     if not torch.cuda.is_available() and not args.small:
         print("streaming is measured on a CUDA device; --small walks through without one", file=sys.stderr)
         return 1
-    names = args.formats.split(",")[: 1 if args.small else None]
-    journal = Journal("streaming", args.seconds, args.save)
+    names = [args.model] if args.model else args.formats.split(",")[: 1 if args.small else None]
+    journal = Journal("streaming-of-a-file" if args.model else "streaming", args.seconds, args.save)
     stage = open_stage()
     journal.facts |= {"native_gb_per_s": stage.link.native / 1e9, "others": stage.others}
     measure(journal, stage, names, args.small)
@@ -325,7 +335,7 @@ def main() -> int:
         table.add_row(what, str(len(rows)), f"{max(ratios):.3f}" if ratios else "")
     Console(width=100).print(table)
     if args.save:
-        print(f"wrote {result_path('streaming')}", file=sys.stderr)
+        print(f"wrote {result_path(journal.suite)}", file=sys.stderr)
     return 0 if journal.rows else 1
 
 

@@ -1,7 +1,6 @@
 """The benchmark of streaming: slower links, rows that survive, what they hold, others' offloaders on the same model."""
 
 import json
-from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux
 from flux_quant.model import Flux
+from flux_quant.planner.footprint import CONTEXT
 from flux_quant.planner.phases import VAE_WEIGHTS
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
@@ -55,7 +55,7 @@ def test_a_faster_link_is_not_emulated():
 def test_rates_are_those_of_copies_that_arrive():
     class Lossy(HostLink):
         def copy(self, to, source):
-            super().copy(to[1:], source[1:])
+            super().copy(to[99:], source[99:])
 
     assert len(rate_of(HostLink(), 1 << 16, 3)) == 3
     with pytest.raises(AssertionError, match="arrived"):
@@ -233,8 +233,53 @@ def test_aims_of_streaming_are_judged():
     assert judged({"streaming": {"rows": []}})["RAM, times the bytes of the weights"][0] == 0
 
 
-def test_others_that_hold_memory_do_not_count_as_ours():
+class FakeCuda:
+    """What the driver and torch say of a card of 80 GB, on which somebody else holds 2 GB and CUDA itself 0.5 GB."""
+
+    total, reserved, peak, allocated = 80 * 10**9, 3 * 10**9, 35 * 10**8, 31 * 10**8
+    fractions: list[float]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fractions = []
+        said = {
+            "mem_get_info": (self.total - self.reserved - 25 * 10**8, self.total),
+            "memory_reserved": self.reserved,
+            "max_memory_reserved": self.peak,
+            "max_memory_allocated": self.allocated,
+            "get_device_properties": type("", (), {"total_memory": self.total}),
+            "empty_cache": None,
+            "reset_peak_memory_stats": None,
+        }
+        for name, value in said.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, _: self.fractions.append(f))
+
+
+def test_the_device_is_really_capped_and_others_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    fake, link = FakeCuda(monkeypatch), HostLink()
+    link.device = torch.device("cuda", 0)
+    machine = stage.GPUS["h100-80gb"].machine()
+    here = stage.Stage(link, machine, stage.CudaReadings(link.device), 2 * 10**9)
+    with here.capped(here.memory("8GB")):
+        assert fake.fractions == [(8 * 10**9 - CONTEXT) / fake.total]
+        held = here.held()
+    assert fake.fractions[1:] == [1.0]
+    assert held == {
+        "peak_torch": fake.peak,
+        "peak_allocated": fake.allocated,
+        "beside_torch": 5 * 10**8,
+        "peak": 4 * 10**9,
+    }
+
+
+def test_memory_that_is_in_use(monkeypatch: pytest.MonkeyPatch):
+    for said, expected in (("3", 3 << 20), ("[N/A]", 0), (None, 0)):
+        monkeypatch.setattr(stage, "output_of", lambda *_, said=said: said)
+        assert stage.memory_in_use() == expected
+
+
+def test_plans_go_by_the_link_that_is_emulated():
     here = stage.Stage(HostLink(), stage.GPUS[stage.STAND_IN].machine(), stage.NoReadings(), 7)
-    assert replace(here, others=0).held() == here.held() == {}  # the stand-in does not know
+    assert here.held() == {}  # the stand-in does not know
     assert here.memory("4GB").machine.pinned == here.link.native == 0.0
     assert here.memory("4GB", 12e9).machine.pinned == 12e9
