@@ -129,7 +129,9 @@ class Bench:
                 samples += marks.seconds()
             held = stage.held()
         self.steering = found[0]
-        return {"bytes": hoisted_bytes(self.model), "seconds": samples[-1], "samples": samples, **held}
+        nbytes = hoisted_bytes(self.model)
+        found = {"bytes": nbytes, "copies": nbytes / stage.rate(None), "seconds": samples[-1], "samples": samples}
+        return found | {"budget": memory.budget.nbytes} | held
 
     def step(self, case: Case) -> Row:
         stage, memory = self.stage, self.stage.memory(case.vram, case.link)
