@@ -99,7 +99,15 @@ def describe(path: Path) -> LoraReport | None:
     ends = (min(ranks), max(ranks)) if ranks else None
     family = family_of(keys)
     return LoraReport(
-        path, family, kinds, modules, ends, tuple(unmatched), partial, tuple(colliding), precision_of(metadata)
+        path,
+        family,
+        dict(kinds),
+        dict(modules),
+        ends,
+        tuple(unmatched),
+        partial,
+        tuple(colliding),
+        precision_of(metadata),
     )
 
 

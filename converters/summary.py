@@ -9,6 +9,7 @@ from flux_quant.arch import block_of
 from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import components
 from flux_quant.converters.folders import SUFFIXES, model_paths, resolve
+from flux_quant.converters.lora_report import LoraReport, describe
 from flux_quant.errors import UserError
 from flux_quant.families import Family
 
@@ -37,14 +38,19 @@ class Summary:
     bytes: int  # of the whole file, or of all of them
     formats: dict[str, FormatUse]  # most bytes first
     blocks: dict[str, int]  # bytes of each block, in file order
+    lora: LoraReport | None = None
 
     @property
     def family(self) -> str:
+        if self.lora:
+            return "FLUX.1 LoRA"
         names = [f"{family.name} {family.variant}".strip() for family in self.families.values()]
         return " + ".join(names) or "unknown"
 
     @property
     def naming(self) -> str:
+        if self.lora:
+            return self.lora.family
         return " + ".join(dict.fromkeys(family.naming for family in self.families.values())) or "unknown"
 
 
@@ -69,6 +75,7 @@ def summarize(path: Path) -> Summary:
             bytes=sum(file.stat().st_size for _, file in resolve(path).files),
             formats={name: FormatUse(tensors[name], parameters[name], size) for name, size in sizes.most_common()},
             blocks=dict(blocks),
+            lora=None if found else describe(path),
         )
 
 

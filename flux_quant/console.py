@@ -63,7 +63,8 @@ def size(nbytes: int) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, object]:
-    fields = asdict(summary) | {"path": str(summary.path), "family": summary.family, "naming": summary.naming}
+    fields = asdict(summary) | {"lora": summary.lora and asdict(summary.lora) | {"path": str(summary.path)}}
+    fields |= {"path": str(summary.path), "family": summary.family, "naming": summary.naming}
     fields["components"] = [{"prefix": prefix, **family} for prefix, family in fields.pop("families").items()]
     return fields
 
@@ -79,6 +80,8 @@ def print_summary(summary: Summary, machine_readable: bool) -> None:
     console.print(f"  {counts}, {size(summary.bytes)} ({summary.bytes:,} bytes)")
     for key, value in summary.metadata.items():
         console.print(f"  {key}: {value}")
+    for name, text in summary.lora.lines() if summary.lora else ():
+        console.print(f"  {name}: {text}", soft_wrap=True)
     formats = table("format", "tensors", "parameters", "bytes", "bits/weight")
     for name, use in summary.formats.items():
         formats.add_row(name, f"{use.tensors:,}", f"{use.parameters:,}", size(use.bytes), f"{use.bits:.2f}")
