@@ -38,6 +38,7 @@ from flux_quant.drawing.given import (
 )
 from flux_quant.drawing.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
 from flux_quant.drawing.pictures import composite, latent_mask, save_png, to_images
+from flux_quant.drawing.redux import redux_length
 from flux_quant.drawing.request import PATCH, Request
 from flux_quant.drawing.resources import peak_ram, peak_vram, release, timed
 from flux_quant.drawing.sampling import (
@@ -127,7 +128,7 @@ def generate(
         plan = None if memory is None else planned(memory, components, model, request, text, compute, nets)
     with nullcontext() if memory is None else memory.capped():
         given = Given()
-        if request.pictures or nets:
+        if request.pictures or nets or request.redux:
             with timed(seconds, "encode"):
                 picture_encoder = placed_vae(components.vae, device, dtype)
                 free = room(memory, device)
@@ -228,7 +229,8 @@ def planned(
     )
     item = BYTES[memory.machine.dtype]
     held = device_bytes([net for _, net in nets], model.config, work.batch * work.image_tokens, item)
-    work = replace(work, controlnets=held)
+    more = redux_length(request.redux) if request.redux else 0
+    work = replace(work, controlnets=held, words=work.words + more)
     plan = memory.plan(sizes_of(model), work, encoder)
     memory.log(str(plan))
     return plan
@@ -356,9 +358,12 @@ def make_drawing(
         if given.mask is not None and given.blended:
             places = latent_mask(given.mask).expand(-1, given.latents.shape[1], -1, -1)
             mask = pack_latents(places.contiguous()).to(device)
+    txt = features.txt.to(device)
+    if given.words is not None:
+        txt = torch.cat([txt, given.words.to(txt).expand(len(txt), -1, -1)], dim=1)
     return Drawing(
         noise=torch.cat([starting_noise(request, config.out_channels) for request in requests]).to(device),
-        text=Conditioning(features.txt.to(device), features.pooled.to(device)),
+        text=Conditioning(txt, features.pooled.to(device)),
         grid=first.grid,
         levels=first.levels(config.guidance) if levels is None else levels,
         guidance=first.guidance,

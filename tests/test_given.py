@@ -356,6 +356,28 @@ def test_inpaint_keeps_what_is_black(files: Path, tmp_path: Path):
     assert settings["controls"] == ["inpainting.safetensors:0.9:0-1"]
 
 
+def test_turbo_with_a_net_in_one_command(files: Path, tmp_path: Path):
+    """A LoRA beside the weights and an inpainting net together: both act, black keeps its pixels."""
+    g, lora = torch.Generator().manual_seed(8), {}
+    for i in range(5):
+        name = f"lora_unet_single_blocks_{i}_linear2"
+        lora[f"{name}.lora_down.weight"] = torch.randn(4, 1280, generator=g) / 16
+        lora[f"{name}.lora_up.weight"] = torch.randn(256, 4, generator=g) / 4
+        lora[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(lora, tmp_path / "turbo.safetensors")
+    net, side = ["--controlnet", str(files / "inpainting.safetensors")], ["--lora", str(tmp_path / "turbo.safetensors")]
+    given = ["--image", str(files / "given.png"), "--mask", str(files / "mask.png"), "--preset", "turbo"]
+    kept = np.asarray(Image.open(files / "mask.png")) == 0
+    drawn = []
+    for i, more in enumerate((net, side, net + side)):
+        options = [option for option in common(tmp_path / f"{i}.png") if option not in ("--steps", "2")]
+        assert main(["inpaint", *options, *given, *more]) == 0
+        drawn.append(pixels(tmp_path / f"{i}.png"))
+        assert np.array_equal(drawn[-1][kept], pixels(files / "given.png")[kept])
+    assert json.loads(Image.open(tmp_path / "2.png").text["flux_quant"])["steps"] == 8
+    assert all(np.abs(drawn[2] - other)[~kept].mean() > 1 for other in drawn[:2])
+
+
 def test_generate_takes_nets(files: Path, tmp_path: Path):
     plain, led, late = (tmp_path / f"{name}.png" for name in ("plain", "led", "late"))
     size, hint = ["--size", "96x80"], ["--control-image", str(files / "hint.png")]

@@ -5,6 +5,7 @@
 | any model | a picture to begin with, and a mask of where it is drawn anew |
 | Canny, Depth | the latents of a hint, beside those that are drawn: twice the channels |
 | Fill | the latents of the picture with grey where the mask is, and the mask pixel by pixel: 256 channels |
+| any model, by Redux | words of a picture behind those of the prompt (`redux`) |
 | Kontext | the tokens of a reference behind those that are drawn, at places of their own |
 | ControlNets | the latents of a hint; its pixels (XLabs) |
 | Alimama's ControlNets | the latents of the picture with black where the mask is, and where it is kept |
@@ -23,6 +24,7 @@ from torch import Tensor
 from flux_quant.arch import FluxConfig
 from flux_quant.controlnet import Control, ControlNet
 from flux_quant.drawing.pictures import KEPT_BELOW, check_same_size, latent_mask, opened, read_mask, read_picture
+from flux_quant.drawing.redux import redux_words
 from flux_quant.drawing.request import PATCH, ControlRequest, Request
 from flux_quant.drawing.sampling import Reference
 from flux_quant.errors import UserError
@@ -47,6 +49,7 @@ class Given:
     beside: Tensor | None = None  # (1, S, channels) that the model reads beside the latents
     reference: Reference | None = None
     controls: tuple[Control, ...] = ()
+    words: Tensor | None = None  # (1, N, context) tokens of a picture, behind those of the prompt
 
 
 def load_nets(request: Request, base: FluxConfig) -> Nets:
@@ -121,6 +124,7 @@ def read_given(request: Request, config: FluxConfig, nets: Nets, encode: Encode)
         beside=beside,
         reference=reference_of(request, encode) if request.reference else None,
         controls=tuple(control_of(asked, net, request, picture, mask, encode) for asked, net in nets),
+        words=redux_words(request.redux, config.context) if request.redux else None,
     )
 
 

@@ -27,17 +27,22 @@ SAME_SHAPE = 0.02  # relative difference of width / height that nobody sees
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
     """(1, 3, height, width) of the file, upright as its EXIF says; what is transparent becomes white."""
-    from PIL import Image
-
     picture = opened(path)
     wanted, found = size[0] / size[1], picture.width / picture.height
     if abs(found / wanted - 1) > SAME_SHAPE:
         shapes = f"{picture.width} x {picture.height} and is distorted to {size[0]} x {size[1]}"
         warnings.warn(f"{path} is {shapes}", stacklevel=2)
+    return as_tensor(resized(flattened(picture), size))
+
+
+def flattened(picture: "Image.Image") -> "Image.Image":
+    """In RGB; what is transparent becomes white."""
+    from PIL import Image
+
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return as_tensor(resized(picture.convert("RGB"), size))
+    return picture.convert("RGB")
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Tensor:

@@ -33,6 +33,19 @@ class ControlRequest:
 
 
 @dataclass(frozen=True)
+class ReduxRequest:
+    """A picture that is read as words."""
+
+    redux: Path
+    encoder: Path  # SigLIP
+    image: Path
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.redux.name}:{self.weight:g} {self.image}"
+
+
+@dataclass(frozen=True)
 class Request:
     """One picture to be made, or one for each of several seeds."""
 
@@ -54,6 +67,7 @@ class Request:
     controls: tuple[ControlRequest, ...] = ()
     control_image: Path | None = None  # a hint for a Canny or Depth model itself
     reference: Path | None = None  # a picture that Kontext sees
+    redux: ReduxRequest | None = None
     loras: tuple[tuple[Path, Strength], ...] = ()  # files, with their strengths
 
     def __post_init__(self) -> None:
@@ -131,6 +145,7 @@ class Request:
         given = {k: v for k, v in asdict(self).items() if k in fields or v != getattr(unused, k) and k != "seeds"}
         given |= {"loras": [f"{path}:{strength}" for path, strength in self.loras]} if self.loras else {}
         given |= {"controls": [str(control) for control in self.controls]} if self.controls else {}
+        given |= {"redux": str(self.redux)} if self.redux else {}
         return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
@@ -187,6 +202,21 @@ def parse_controls(nets: Sequence[str], images: Sequence[Path], modes: Sequence[
         chosen = (one_of("control images", images, i, len(nets)), scale, (first, last))
         controls.append(ControlRequest(Path(found[1]), *chosen, one_of("control modes", modes, i, len(nets))))
     return tuple(controls)
+
+
+def parse_redux(text: str | None, image: Path | None, encoder: Path | None) -> ReduxRequest | None:
+    """FILE[:WEIGHT], with the picture and the image encoder that it needs."""
+    if text is None:
+        if stray := image or encoder:
+            raise UserError(f"{stray}: a picture as words, or what reads it, needs --redux FILE")
+        return None
+    found = re.fullmatch(r"(.+?)(?::([\d.]+))?", text)
+    if image is None or encoder is None:
+        raise UserError(f"{found[1]} needs a picture (--redux-image) and SigLIP (--image-encoder)")
+    try:
+        return ReduxRequest(Path(found[1]), encoder, image, float(found[2] or 1))
+    except ValueError:
+        raise UserError(f"Redux {text}: write it as FILE:WEIGHT, for example redux.safetensors:0.7") from None
 
 
 def single_hint(images: Sequence[Path], modes: Sequence[str]) -> Path | None:

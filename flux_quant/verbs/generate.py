@@ -51,6 +51,9 @@ def generate(
     control_image: opt.ControlImages = None,
     control_mode: opt.ControlModes = None,
     reference: opt.ReferencePicture = None,
+    redux: opt.ReduxFile = None,
+    redux_image: opt.ReduxPicture = None,
+    image_encoder: opt.ImageEncoder = None,
     lora: opt.SideLoras = None,
     preset: opt.Preset = None,
     save_latent: opt.SaveLatent = None,
@@ -84,6 +87,7 @@ def generate(
         drawable_size,
         parse_controls,
         parse_range,
+        parse_redux,
         parse_seeds,
         picture_paths,
         single_hint,
@@ -118,7 +122,7 @@ def generate(
         negative, cfg, parse_range(cfg_range), image, strength, denoise, mask,
         controls=parse_controls(controlnet or (), control_image or (), control_mode or ()),
         control_image=None if controlnet else single_hint(control_image or (), control_mode or ()), reference=reference,
-        loras=tuple(map(parse_lora_option, lora or ())),
+        loras=tuple(map(parse_lora_option, lora or ())), redux=parse_redux(redux, redux_image, image_encoder),
     )  # fmt: skip
     files = LatentFiles(save_latent, output.with_suffix(".latent.safetensors"), force)
     callback = previewer(preview, components.vae) if preview else None

@@ -117,6 +117,9 @@ DrawingSteps = Annotated[int | None, typer.Option("--steps", min=1, help="denois
 DrawingGuidance = Annotated[
     float | None, typer.Option("--guidance", help="scale of the distilled guidance [default: 3.5]")
 ]
+ReduxFile = Annotated[str | None, typer.Option("--redux", metavar="FILE[:WEIGHT]", help="reads a picture as words")]
+ReduxPicture = Annotated[Path | None, typer.Option("--redux-image", metavar="FILE", help="the picture for --redux")]
+ImageEncoder = Annotated[Path | None, typer.Option("--image-encoder", metavar="FILE", help="SigLIP, for --redux")]
 SideLoras = Annotated[
     list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="a LoRA beside the weights; repeatable")
 ]
