@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from flux_quant.benchmarks import eager
+from flux_quant.benchmarks import eager, pointwise
 from flux_quant.benchmarks.machine import device_name, write_result
 from flux_quant.benchmarks.random_weights import PLAIN, on_device, random_parts
 from flux_quant.benchmarks.timing import Call, Timing, compare, copies_for, copy_bandwidth, product_rate
@@ -194,6 +194,7 @@ def measure(device: torch.device, names: Sequence[str] = (), tiny: bool = False)
         "dtype": str(dtype),
         "copy_gb_per_s": copy / 1e9,
         "product_tflop_per_s": product / 1e12,
+        "pointwise": list(pointwise.measure(device, dtype, copy, tiny)),
         "unpacking": list(measure_unpacking(chosen, shape, device, dtype, copy)),
         "linear": list(measure_linear(chosen, layers, device, dtype, tiny)),
     }
@@ -208,6 +209,18 @@ def tables(result: dict[str, object]) -> Iterator[Table]:
         numbers = f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.2f}"
         unpack.add_row(row["format"], row["order"], str(row["wrong"]), *numbers)
     yield unpack
+    points = Table(title="Pointwise")
+    for column in ("what", "ours us", "torch us", "GB/s", "of copy"):
+        points.add_column(column, justify="right")
+    for row in result["pointwise"]:
+        numbers = (
+            f"{row['ours']['us']:.1f}",
+            f"{row['torch']['us']:.1f}",
+            f"{row['gb_per_s']:.0f}",
+            f"{row['of_copy']:.2f}",
+        )
+        points.add_row(row["what"], *numbers)
+    yield points
     linear = Table(title="Linear")
     contenders = ("dense", "ours", "eager", "compiled")
     for column in ("format", "N", "K", "M", "way", "error", *contenders, "of dense", "GB/s", "TFLOP/s"):
