@@ -1,7 +1,8 @@
 """One step of the full-size transformer with random weights, by format: how much slower, or faster, than BF16 resident.
 
-    python -I -m flux_quant.benchmarks.step [--formats bf16,q8_0,q4_k] [--size 1024] [--small] [--save]
+    python -I -m flux_quant.benchmarks.step [--formats bf16,q8_0,q4_k+int8] [--size 1024] [--small] [--save]
 
+`q4_k+int8`: products in 8 bits, see `linear.set_compute_`.
 Everything is on the device, 512 words of text, one picture. BF16 is timed first and again last: the difference is what
 a ratio may be off by.
 """
@@ -19,9 +20,10 @@ from rich.table import Table
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks.machine import device_name, write_result
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_flux
+from flux_quant.linear import set_compute_
 from flux_quant.model import Flux, image_ids, text_ids
 
-FORMATS = ("bf16", "q8_0", "q4_k", "q6_k", "q5_0", "q4_0", "fp8", "bf16")
+FORMATS = ("bf16", "q8_0", "q4_k", "q8_0+int8", "fp8+fp8", "q4_k+int8", "fp8", "q6_k", "q5_0", "q4_0", "bf16")
 WORDS = 512
 STEPS = 5
 SMALL = dict(DEV, hidden=256, mlp=1024, context=256, head_dim=64)
@@ -63,18 +65,27 @@ def measure(names: Sequence[str], size: int, device: torch.device, small: bool =
     config = FluxConfig(**(SMALL if small else DEV), double_blocks=blocks[0], single_blocks=blocks[1])
     arguments = inputs(config, size, 16 if small else WORDS, device, dtype)
     for name in names:
-        model = random_flux(name, device, dtype, config)
+        stored, _, compute = name.partition("+")
+        model = random_flux(stored, device, dtype, config)
+        if compute:
+            set_compute_(model, compute)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         samples = seconds_of(model, arguments, device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        yield {"format": name, "seconds": median(samples), "samples": samples, "peak_vram": peak}
+        yield {
+            "format": stored,
+            "compute": compute or "16-bit",
+            "seconds": median(samples),
+            "samples": samples,
+            "peak_vram": peak,
+        }
         del model
 
 
 def with_ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Each time over the mean of the BF16 runs, where there are any."""
-    dense = [row["seconds"] for row in rows if row["format"] == "bf16"]
+    dense = [row["seconds"] for row in rows if (row["format"], row["compute"]) == ("bf16", "16-bit")]
     if dense:
         for row in rows:
             row["of_bf16"] = row["seconds"] / (sum(dense) / len(dense))
@@ -97,12 +108,12 @@ def main() -> int:
     size = min(args.size, 64) if args.small else args.size
     result = run(args.formats.split(","), size, device, args.small)
     table = Table(title=f"One step at {size} px on {device_name()}")
-    for column in ("format", "ms", "of BF16", "peak GB"):
+    for column in ("format", "compute", "ms", "of BF16", "peak GB"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         ratio = f"{row['of_bf16']:.3f}" if "of_bf16" in row else ""
         peak = f"{row['peak_vram'] / 1e9:.2f}" if row["peak_vram"] else ""
-        table.add_row(row["format"], f"{row['seconds'] * 1e3:.1f}", ratio, peak)
+        table.add_row(row["format"], row["compute"], f"{row['seconds'] * 1e3:.1f}", ratio, peak)
     Console(width=100).print(table)
     if args.save:
         print(f"wrote {write_result('step', result)}", file=sys.stderr)
