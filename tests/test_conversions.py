@@ -259,6 +259,11 @@ def test_lora_is_fused_before_quantizing(tmp_path, tiny_flux, tiny_flux_file):
         assert torch.equal(load(ours, key), load(expected, key)), key
     changed = load(ours, f"{name}.weight") - tiny_flux[f"{name}.weight"].float()
     assert changed.norm() > 0.1 * (0.25 * (up @ down)).norm()
+    convert(tiny_flux_file, tmp_path / "packed.gguf", "q4_0")
+    again = Conversion(tmp_path / "packed.gguf", tmp_path / "x.gguf", "q4_0", loras=asked.loras)
+    (note,) = [note for note in make_plan(again).notes if "a LoRA is fused" in note]
+    assert "into 1 weights that are quantized already; of a change by 2% about 5% survives in q4_0" in note
+    assert not [note for note in make_plan(asked).notes if "a LoRA is fused" in note]
 
 
 def test_imatrix_spends_precision_where_it_counts(tmp_path, tiny_flux, tiny_flux_file):
