@@ -15,7 +15,7 @@ Letters: B batch, S image tokens, T text tokens, D hidden width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -222,6 +222,7 @@ class Control:
     scale: float = 1.0
     span: tuple[float, float] = (0.0, 1.0)  # where it acts, in parts of the steps
     mode: int | None = None
+    bring: Callable[[nn.Module], AbstractContextManager[object]] | None = None  # to the device; None: whole
     modulation: HoistedModulation = field(init=False)
 
     def __post_init__(self) -> None:
@@ -252,7 +253,7 @@ class Controls:
         for i, control in enumerate(self.controls):
             if step not in self.rows[i]:
                 continue
-            self.bring(control.net)
+            self.bring(control)
             given = {name: inputs[name] for name in ("txt", "img_ids", "txt_ids")}
             given["img"] = inputs["img"][..., : control.net.config.flux.in_channels]
             steering = self.rows[i][step][number]
@@ -264,10 +265,12 @@ class Controls:
             combined([(c, single) for c, (_, single) in parts], self.base.single_blocks),
         )
 
-    def bring(self, net: ControlNet) -> None:
+    def bring(self, control: Control) -> None:
+        net = control.net
         if net not in self.present:
+            whole = visiting(net, self.device, hoisted_modules(net)) if control.bring is None else None
             self.present[net] = ExitStack()
-            self.present[net].enter_context(visiting(net, self.device, hoisted_modules(net)))
+            self.present[net].enter_context(whole or control.bring(net))
 
     def after(self, step: int) -> None:
         """Nets that have no further step leave the device."""
@@ -286,15 +289,30 @@ class Controls:
         self.present.clear()
 
 
-def device_bytes(controls: Sequence[ControlNet], base: FluxConfig, tokens: int, item: int) -> int:
-    """What nets take while they act: weights, each once, and residuals of so many tokens, with their sums."""
-    nets = dict.fromkeys(controls)
-    tensors = {id(t): t for net in nets for t in (*net.parameters(), *net.buffers())}
-    hoisted = {id(t) for net in nets for part in hoisted_modules(net) for t in (*part.parameters(), *part.buffers())}
-    weights = sum(tensor.nbytes for name, tensor in tensors.items() if name not in hoisted)
+def device_bytes(
+    controls: Sequence[ControlNet], base: FluxConfig, tokens: int, item: int, streamed: bool = False
+) -> int:
+    """What nets take while they act: weights, each once, and residuals of so many tokens, with their sums.
+
+    streamed: blocks of each kind pass through two slots.
+    """
     made = [sum(net.config.outputs) for net in controls]
     summed = min(base.double_blocks + base.single_blocks, sum(made)) if len(made) > 1 else 0
+    weights = sum(weight_bytes(net, streamed) for net in dict.fromkeys(controls))
     return weights + (sum(made) + summed) * tokens * base.hidden * item
+
+
+def weight_bytes(net: ControlNet, streamed: bool) -> int:
+    """Without the modulation."""
+    left = {id(x) for part in hoisted_modules(net) for x in (*part.parameters(), *part.buffers())}
+
+    def nbytes(module: nn.Module) -> int:
+        return sum(x.nbytes for x in (*module.parameters(), *module.buffers()) if id(x) not in left)
+
+    if not streamed:
+        return nbytes(net)
+    kinds = [[nbytes(block) for block in blocks] for blocks in (net.double_blocks, net.single_blocks) if blocks]
+    return nbytes(net) - sum(map(sum, kinds)) + sum(min(2, len(kind)) * max(kind) for kind in kinds)
 
 
 def rows_of(control: Control, calls: CallsOf, device: torch.device, dtype: torch.dtype) -> dict[int, list[Rows]]:

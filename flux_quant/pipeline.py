@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from math import inf, prod
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from flux_quant.arch import FluxConfig
 from flux_quant.components import Components
 from flux_quant.configs import vae_config
-from flux_quant.controlnet import device_bytes
 from flux_quant.converters.component import open_component
 from flux_quant.converters.lora_io import read_lora
 from flux_quant.converters.lora_records import Lora
@@ -29,17 +28,14 @@ from flux_quant.converters.lora_report import check_complete
 from flux_quant.drawing import preview, vae
 from flux_quant.drawing.given import (
     Given,
-    Nets,
     check_given,
     from_noise,
     load_nets,
     read_given,
-    reference_size,
 )
 from flux_quant.drawing.latents import NOWHERE, LatentFiles, Latents, load_latents, on_disk
 from flux_quant.drawing.pictures import composite, latent_mask, save_png, to_images
-from flux_quant.drawing.redux import redux_length
-from flux_quant.drawing.request import PATCH, Request
+from flux_quant.drawing.request import Request
 from flux_quant.drawing.resources import peak_ram, peak_vram, release, timed
 from flux_quant.drawing.sampling import (
     Callback,
@@ -57,17 +53,13 @@ from flux_quant.loading import load_flux, load_vae, shapes_of
 from flux_quant.lora import Strength, apply_, at, shapes_in
 from flux_quant.model import Flux, pack_latents, unpack_latents
 from flux_quant.modulation import HoistedModulation
-from flux_quant.planner.footprint import BYTES, TextEncoder, Work
-from flux_quant.planner.plan import Plan
-from flux_quant.runtime import Memory, Residence, Whole, prepare, sizes_of
+from flux_quant.placing import SCHNELL_LENGTH, planned, room, text_by
+from flux_quant.runtime import Memory, Residence, Whole, prepare
 from flux_quant.text.encode import AS_TRAINED, LONGEST, TextFeatures, TextOptions, encode_clip, encode_t5
-from flux_quant.text.encoders import Placement
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from PIL import Image
-
-SCHNELL_LENGTH = 256  # tokens of T5 that [schnell] was trained with
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -125,7 +117,7 @@ def generate(
         levels = request.levels(model.config.guidance, from_noise(request, model.config, nets))
         for part in dict.fromkeys([model, *(net for _, net in nets)]):
             prepare(part, device, compute, inf if memory is None else memory.host.pinned)
-        plan = None if memory is None else planned(memory, components, model, request, text, compute, nets)
+        placed = planned(memory, components, model, request, text, compute, nets)
     with nullcontext() if memory is None else memory.capped():
         given = Given()
         if request.pictures or nets or request.redux:
@@ -135,9 +127,9 @@ def generate(
                 given = read_given(request, model.config, nets, lambda x: vae.encode(picture_encoder, x, free))
                 del picture_encoder
         with timed(seconds, "text"):
-            placed = text if plan is None else text_by(plan, memory, text)
-            features = encode(components, texts_of(request), model.config.guidance, placed)
-        drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, given)
+            text = text if placed.plan is None else text_by(placed.plan, memory, text)
+            features = encode(components, texts_of(request), model.config.guidance, text)
+        drawing = make_drawing(request.one_by_one(), model.config, features, device, levels, placed.given(given))
         with timed(seconds, "modulation"):
             modulation = HoistedModulation(model)
             modulation_rows(model, drawing, modulation, device, dtype)
@@ -146,7 +138,7 @@ def generate(
             model,
             drawing,
             modulation,
-            Whole(model, device) if plan is None else Residence(model, plan, memory),
+            Whole(model, device) if placed.plan is None else Residence(model, placed.plan, memory),
             dtype,
             progress,
             callback,
@@ -210,45 +202,6 @@ def load_loras(request: Request, model: Flux) -> list[tuple[Lora, Strength]]:
 def text_strengths(loras: Sequence[tuple[Lora, Strength]]) -> tuple[tuple[Lora, float], ...]:
     """Text is encoded once: by the strength of the first step."""
     return tuple((lora, at(strength, 0)) for lora, strength in loras)
-
-
-def planned(
-    memory: Memory, components: Components, model: Flux, request: Request, text: TextOptions, compute: str, nets: Nets
-) -> Plan:
-    """What is to be made, as a plan for this memory; said as it is made."""
-    reader = open_component(components.t5, "T5 encoder")
-    encoder = TextEncoder.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
-    work = Work(
-        size=request.size,
-        batch=len(request.all_seeds),
-        words=text.pad_to or (LONGEST if model.config.guidance else SCHNELL_LENGTH),
-        steps=request.steps,
-        passes=1 if request.negative is None else 2,
-        compute="float" if compute == "16-bit" else compute,
-        reference=prod(reference_size(request)) // PATCH**2 if request.reference else 0,
-    )
-    item = BYTES[memory.machine.dtype]
-    held = device_bytes([net for _, net in nets], model.config, work.batch * work.image_tokens, item)
-    more = redux_length(request.redux) if request.redux else 0
-    work = replace(work, controlnets=held, words=work.words + more)
-    plan = memory.plan(sizes_of(model), work, encoder)
-    memory.log(str(plan))
-    return plan
-
-
-def text_by(plan: Plan, memory: Memory, text: TextOptions) -> TextOptions:
-    """T5 streamed through the device if the plan has it there and nobody placed it otherwise."""
-    phase = next(phase for phase in plan.phases if phase.name == "text")
-    if text.placement != Placement() or not phase.parts:
-        return text
-    native = memory.place.type == "cuda" and memory.machine.dtype == "bf16"
-    placement = Placement(memory.place, "mixed" if native else "float32", attach=memory.streaming)
-    return replace(text, placement=placement)
-
-
-def room(memory: Memory | None, device: torch.device | str) -> int | None:
-    """Bytes that encoding or decoding a picture may take."""
-    return vae.free_memory(device) if memory is None else memory.free
 
 
 def placed_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> "AutoencoderKL":

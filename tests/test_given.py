@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from stream_backends import ThreadDevice
 from torch import Tensor, nn
 
-from flux_quant import runtime
+from flux_quant import placing, runtime
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing import vae
@@ -513,6 +513,31 @@ def test_nets_are_counted_and_freed(bundled: Components, files: Path):
     assert works[1].controlnets == 0
     generate(bundled, replace(request, controls=(), reference=files / "wide.png"), memory=small)
     assert works[2].image_tokens - works[1].image_tokens == works[2].reference == 32
+
+
+def test_nets_that_do_not_fit_stream(bundled: Components, files: Path):
+    """The plan refuses the whole net: its blocks pass through two slots, the picture is the same."""
+    lines, tried = [], []
+
+    class Tight(runtime.Memory):
+        def plan(self, model, work, encoder):
+            tried.append(work.controlnets)
+            if len(tried) == 1:
+                raise UserError("too much")
+            return super().plan(model, work, encoder)
+
+    machine, budget = find_gpu("rtx-3060-12gb").machine(), Budget(8 * 10**9, "test")
+    tight = Tight(ThreadDevice(lazy=False, compute_is_host=True), machine, budget, Host(), Roomy(), log=lines.append)
+    request = Request(PROMPT, steps=3, size=SIZE, controls=(control(files, span=(0.3, 1.0)),))
+    streamed = generate(bundled, request, memory=tight)
+    assert streamed.image.tobytes() == generate(bundled, request).image.tobytes()
+    assert tried[1] < tried[0] and any("two slots" in line for line in lines)
+    ((_, net),) = load_nets(request, load_flux(bundled.transformer).config)
+    with placing.streaming(tight)(net) as streamer:
+        plan = streamer.plan
+        assert plan.streamed_bytes == sum(plan.sizes[2:]) > 0, "two double blocks have a slot each"
+        saved = sum(plan.sizes) - plan.slot_bytes
+        assert abs(tried[0] - tried[1] - saved) < 0.01 * saved
 
 
 class Roomy:

@@ -33,6 +33,7 @@ LAYERS = (
     {"planner"},
     {"runtime", "components"},
     {"text"},
+    {"placing"},
     {"pipeline"},
     {"calibration"},
     {"console"},
