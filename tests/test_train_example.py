@@ -1,0 +1,63 @@
+"""The training example for a few steps: factors learn, packed weights stay, files load back."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux_quant.components import BUNDLED, find_components
+from flux_quant.converters.conversion import Conversion
+from flux_quant.converters.convert import run
+from flux_quant.converters.lora_io import read_lora
+from flux_quant.converters.plan import make_plan
+from flux_quant.linear import QuantLinear
+from flux_quant.loading import load_flux
+from flux_quant.lora import apply_, remove_, shapes_in
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_lora.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("train_lora", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["train_lora"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("form", ["q8_0", "q4_k_s"])
+def test_a_few_steps(example, tmp_path, form):
+    components = find_components(BUNDLED)
+    run(make_plan(Conversion(components.transformer, tmp_path / "base.gguf", form)))
+    model = load_flux(tmp_path / "base.gguf")
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    before = [part.clone() for layer in layers for part in layer.parts]
+    data = example.make_data(model, components, example.requests_for(example.NAMES, 3, 2))
+    applied, losses = example.train(model, data, 10, 2, 3, rate=1e-2)
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    after = [part for layer in layers for part in layer.parts]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    tests = example.requests_for(example.TESTED, 2, 2)
+    learned = example.draw(model, components, tests)[1]
+    loaded = []
+    for path in example.save(applied, model.config.hidden, tmp_path, "x"):
+        remove_(model)
+        apply_(model, [(read_lora(path, shapes_in(model)), 1.0)])
+        loaded.append(example.draw(model, components, tests)[1])
+    remove_(model)
+    seen = example.distance(example.draw(model, components, tests)[1], learned)
+    assert seen > 0.02
+    assert all(example.distance(pictures, learned) < 0.1 * seen for pictures in loaded), "but for bf16 factors"
+
+
+def test_colours(example):
+    black, white = torch.full((1, 3, 2, 2), -1.0), torch.ones(1, 3, 2, 2)
+    for pictures, colour in ((black, example.LIGHT), (white, example.DARK)):
+        found = (example.blueprint(pictures)[0, :, 0, 0] + 1) / 2
+        torch.testing.assert_close(found, torch.tensor(colour), atol=1e-4, rtol=0)
+    prompts = [request.prompt for request in example.requests_for(example.NAMES, 84, 1)]
+    assert len(set(prompts)) > 60 and not any(name in prompt for name in example.TESTED for prompt in prompts)
