@@ -295,6 +295,11 @@ MISFITS = {
 }
 
 
+def test_a_folder_as_diffusers_saves_it(tmp_path: Path):
+    diffusers_net(**NETS["6 + 0"]).save_pretrained(tmp_path / "controlnet")
+    assert len(load_controlnet(tmp_path / "controlnet", BASE).double_blocks) == 4
+
+
 @pytest.mark.parametrize("name", MISFITS)
 def test_nets_for_other_models(name: str, tmp_path: Path):
     base, message = MISFITS[name]
@@ -361,6 +366,25 @@ def test_a_drawing_with_a_net_is_its_steps(engine: Flux, net):
     assert relative_error(whole, x) > 1e-4
     never = denoise(engine, drawing(controls=[replace(control, span=(0.9, 0.95))]))
     assert torch.equal(never, denoise(engine, drawing()))
+
+
+@torch.no_grad()
+def test_each_pass_asks_the_net_with_its_own_text(engine: Flux, net):
+    """A negative text that is the text itself leads nowhere; another one is seen by net and model."""
+    control, plain = Control(net, condition()), drawing(steps=2)
+    led = denoise(engine, drawing(steps=2, controls=[control]))
+    same = denoise(engine, drawing(steps=2, controls=[control], negative=plain.text, cfg=3.0))
+    assert relative_error(same, led) < 1e-5
+    away = Conditioning(plain.text.txt.flip(1), -plain.text.pooled)
+    found = denoise(engine, drawing(steps=2, controls=[control], negative=away, cfg=3.0))
+    x, given = plain.noise, {**inputs(), "guidance": torch.full((2,), 3.5)}
+    for step in range(2):
+        velocity = []
+        for text in (plain.text, away):
+            given |= {"img": x, "timestep": torch.full((2,), plain.levels[step]), **text._asdict()}
+            velocity.append(engine(**given, residuals=residuals_of(net, given, control.condition)))
+        x = x + (plain.levels[step + 1] - plain.levels[step]) * (velocity[1] + 3 * (velocity[0] - velocity[1]))
+    assert relative_error(found, x) < 1e-5
 
 
 @torch.no_grad()
