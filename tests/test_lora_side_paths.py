@@ -1,12 +1,14 @@
 """LoRAs beside packed weights: every kind in every form of weight, against dequantizing, merging and multiplying."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from flux_quant.arch import FluxConfig
 from flux_quant.converters.lora_math import fused
-from flux_quant.converters.lora_records import Lora
+from flux_quant.converters.lora_records import Lora, Record
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, format_named
 from flux_quant.kernels import dispatch
@@ -393,3 +395,36 @@ def test_shapes_are_those_of_the_file(state):
     for form in ("q4_k", "q4_0 planar", "int8_rows"):
         assert shapes_in(flux(state, form)) == shapes_of(state)
     assert format_named("int8_rows").compute == "int8"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "another weight"])
+@torch.no_grad()
+def test_every_kind_on_a_gpu(state, read, kind):
+    name, tensors = KINDS[kind]
+    model, lora = built(state, "q8_0"), read(tensors)
+    layer, x = model.get_submodule(name), random(2, 5, model.get_submodule(name).in_features, seed=3)
+    after = expected(layer, name, x, [(lora, 0.7)])
+    apply_(model, [(lora, 0.7)])
+    model.to("cuda")
+    assert all(tensor.is_cuda for tensor in layer.adapters[0].tensors)
+    assert (layer(x.cuda()).cpu().double() - after).norm() <= 1e-3 * after.norm()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_nothing_as_large_as_the_output_is_allocated():
+    weight = random(3072, 1024)
+    layer = QuantLinear.from_float(weight, torch.zeros(3072), FORMATS["bf16"])
+    model = torch.nn.Sequential(layer)
+    factors = {"down": random(16, 1024), "up": random(1024, 16)}
+    records = [Record("transformer", "0", "lora", i * 1024, 1024, factors, 1.0, None, None, ("x",)) for i in range(3)]
+    apply_(model, [(Lora(Path("x"), tuple(records), [], {}, {}), 0.5)], dtype=torch.bfloat16)
+    model.to("cuda")
+    x = random(4096, 1024).to("cuda", torch.bfloat16)
+    model(x)  # the library takes its workspace
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = model(x)
+    assert torch.cuda.max_memory_allocated() - before < 1.25 * out.nbytes
