@@ -1,13 +1,13 @@
-"""Trains a LoRA on packed weights, on the CPU, in minutes: the bundled model learns to draw blueprints.
+"""Trains a LoRA on packed weights, on the CPU, in minutes: the bundled model learns to draw cyanotypes.
 
-    python examples/train_lora.py --format q8_0 --out build/blueprint
+    python examples/train_lora.py --format q8_0 --out build/cyanotype
     flux-quant generate -m flux_quant/tiny_flux -p "large owl" -o owl.png \\
-        --lora build/blueprint/blueprint-q8_0-kohya.safetensors
+        --lora build/cyanotype/cyanotype-q8_0-kohya.safetensors
 
 The model is converted to the format and stays packed; gradients pass through it to the factors, nothing else is
-trained. The pictures to learn from are the model's own, recoloured: light lines on blue. Prompts of the test are not
-among those of the training. Writes the LoRA in kohya's and in diffusers' form, a sheet of pictures (without, with,
-wanted), and prints how far from the wanted pictures those without and with it are.
+trained. The pictures to learn from are the model's own, recoloured: one scale from deep blue to white. Prompts of the
+test are not among those of the training. Writes the LoRA in kohya's and in diffusers' form, a sheet of pictures
+(without, with, wanted), and prints how far from the wanted pictures those without and with it are.
 """
 
 import argparse
@@ -56,11 +56,11 @@ class Data:
     pooled: Tensor
 
 
-def blueprint(pictures: Tensor) -> Tensor:
-    """(n, 3, h, w) in 0-1, light lines on blue: what is dark becomes light."""
+def cyanotype(pictures: Tensor) -> Tensor:
+    """(n, 3, h, w) in 0-1, as tones from deep blue to white."""
     light = (pictures * torch.tensor([0.3, 0.59, 0.11]).view(3, 1, 1)).sum(1, keepdim=True)
     low, high = (torch.tensor(colour).view(3, 1, 1) for colour in (DARK, LIGHT))
-    return low + (1 - light) * (high - low)
+    return low + light * (high - low)
 
 
 def requests_for(names: tuple[str, ...], count: int, steps: int) -> list[Request]:
@@ -85,7 +85,7 @@ def draw(model: Flux, components: Components, requests: list[Request]) -> tuple[
 def make_data(model: Flux, components: Components, requests: list[Request]) -> Data:
     features = encode(components, requests, model.config.guidance)
     _, pictures = draw(model, components, requests)
-    latents = vae.encode(load_vae(components.vae), blueprint(pictures))
+    latents = vae.encode(load_vae(components.vae), cyanotype(pictures))
     return Data(pack_latents(latents), features.txt, features.pooled)
 
 
@@ -106,7 +106,7 @@ def factors_of(applied: Applied) -> dict[str, Factors]:
 
 
 def train(
-    model: Flux, data: Data, steps: int, rank: int, batch: int, rate: float = 2e-3
+    model: Flux, data: Data, steps: int, rank: int, batch: int, rate: float = 5e-4
 ) -> tuple[Applied, list[float]]:
     """Rectified flow on the factors alone -> what is on the model now, and the loss of every step."""
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def sheet(rows: list[Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="q8_0")
-    parser.add_argument("--out", type=Path, default=Path("build/blueprint"))
+    parser.add_argument("--out", type=Path, default=Path("build/cyanotype"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pictures", type=int, default=84)
     parser.add_argument("--rank", type=int, default=8)
@@ -174,14 +174,14 @@ def main() -> None:
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"loss {first:.3f} -> {last:.3f} after {time.perf_counter() - begin:.0f} s")
-    paths = save(applied, model.config.hidden, options.out, f"blueprint-{options.format}")
-    wanted = blueprint(plain)
+    paths = save(applied, model.config.hidden, options.out, f"cyanotype-{options.format}")
+    wanted = cyanotype(plain)
     for path in paths:
         remove_(model)
         apply_(model, [(read_lora(path, shapes_in(model)), 1.0)])
         learned = draw(model, components, tests)[1]
         print(f"{path}: {distance(learned, wanted):.3f} from what is wanted, without it {distance(plain, wanted):.3f}")
-    sheet([plain, learned, wanted], options.out / f"blueprint-{options.format}.png")
+    sheet([plain, learned, wanted], options.out / f"cyanotype-{options.format}.png")
 
 
 if __name__ == "__main__":

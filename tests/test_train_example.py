@@ -56,8 +56,8 @@ def test_a_few_steps(example, tmp_path, form):
 
 def test_colours(example):
     black, white = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
-    for pictures, colour in ((black, example.LIGHT), (white, example.DARK)):
-        found = example.blueprint(pictures)[0, :, 0, 0]
+    for pictures, colour in ((black, example.DARK), (white, example.LIGHT)):
+        found = example.cyanotype(pictures)[0, :, 0, 0]
         torch.testing.assert_close(found, torch.tensor(colour), atol=1e-4, rtol=0)
     prompts = [request.prompt for request in example.requests_for(example.NAMES, 84, 1)]
     assert len(set(prompts)) > 60 and not any(name in prompt for name in example.TESTED for prompt in prompts)
