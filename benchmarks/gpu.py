@@ -51,7 +51,7 @@ SECOND = {  # the second call; both measurements stop by themselves before they 
     "offloaders": Part("flux_quant.benchmarks.offloaders", 170, ("--save", "--seconds", "160")),
     "aims": PARTS["aims"],
 }
-ALL = PARTS | SECOND
+ALL = PARTS | SECOND | {"side_paths": Part("flux_quant.benchmarks.side_paths", 60)}  # LoRAs: by name only
 
 
 def run_tests() -> bool:

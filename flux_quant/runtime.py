@@ -190,8 +190,12 @@ class Residence:
                 exclude=hoisted_globs(self.model),
             )
         )
-        for path in self.outside:
-            path.move_(lambda tensor: tensor.to(self.memory.place))
+        try:
+            for path in self.outside:
+                path.move_(lambda tensor: tensor.to(self.memory.place))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
