@@ -1,17 +1,20 @@
 """How much of a LoRA survives when it is fused into weights that are quantized already.
 
-    python -m flux_quant.benchmarks.lora_fusing
+    python -I -m flux_quant.benchmarks.lora_fusing [--save]
 
 Weights of the bundled model are quantized, unpacked, changed by a random product of rank 16, and quantized again. What
 survives is the part of the change that is found along itself; noise is what comes with it, relative to the change. The
 last column changes the weights before they are quantized for the first time, as `convert --lora` does.
 """
 
+import argparse
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from flux_quant.benchmarks.machine import write_result
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.checkpoint import load
 from flux_quant.converters.component import open_component
@@ -54,13 +57,32 @@ def mean(name: str, share: float, first: bool = True) -> tuple[float, float]:
     return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
-def main() -> None:
-    print("| stored as |", " | ".join(f"change of {share:.1%}" for share in SHARES), "| 2.0%, fused before |")
-    print("|---|" + "---|" * (len(SHARES) + 1))
-    for name in FORMS:
-        cells = [mean(name, share) for share in SHARES] + [mean(name, 0.02, first=False)]
-        print(f"| {name} |", " | ".join(f"{part:.2f} ({noise:.1f})" for part, noise in cells), "|")
+def table(rows: list[dict[str, object]]) -> list[str]:
+    """Lines of Markdown, as docs/lora.md has them."""
+    changes = " | ".join(f"change of {100 * share:g} %" for share in SHARES)
+    lines = [f"| stored as | {changes} | 2 %, fused before |", "|---" * (len(SHARES) + 2) + "|"]
+    for row in rows:
+        cells = " | ".join(f"{part:.2f} ({noise:.1f})" for part, noise in row["survives"])
+        lines.append(f"| {row['format']} | {cells} |")
+    return lines
+
+
+def measure() -> list[dict[str, object]]:
+    """For each format (part, noise) of every share, and of 2 % fused before quantizing."""
+    every = {name: [mean(name, share) for share in SHARES] + [mean(name, 0.02, first=False)] for name in FORMS}
+    return [{"format": name, "survives": cells} for name, cells in every.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args()
+    rows = measure()
+    print(*table(rows), sep="\n")
+    if args.save:
+        print(f"wrote {write_result('lora_fusing', {'shares': SHARES, 'rows': rows})}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ from flux_quant.converters.lora_report import check_complete
 from flux_quant.drawing import preview, vae
 from flux_quant.drawing.given import (
     Given,
+    Nets,
     check_given,
     from_noise,
     load_nets,
@@ -122,10 +123,7 @@ def generate(
         given = Given()
         if request.pictures or nets or request.redux:
             with timed(seconds, "encode"):
-                picture_encoder = placed_vae(components.vae, device, dtype)
-                free = room(memory, device)
-                given = read_given(request, model.config, nets, lambda x: vae.encode(picture_encoder, x, free))
-                del picture_encoder
+                given = seen(request, components.vae, model, nets, device, dtype, room(memory, device))
         with timed(seconds, "text"):
             text = text if placed.plan is None else text_by(placed.plan, memory, text)
             features = encode(components, texts_of(request), model.config.guidance, text)
@@ -160,6 +158,20 @@ def generate(
             images = decode_latents(saved, components.vae, device, dtype, room(memory, device))
     peaks = peak_ram(), peak_vram(device)
     return Result(images, settings, request.all_seeds, len(levels) - 1, seconds, *peaks, metrics)
+
+
+def seen(
+    request: Request,
+    vae_file: Path,
+    model: Flux,
+    nets: Nets,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    free: int | None,
+) -> Given:
+    """The pictures of a request, encoded; `free` bytes may be taken for it."""
+    encoder = placed_vae(vae_file, device, dtype)
+    return read_given(request, model.config, nets, lambda x: vae.encode(encoder, x, free))
 
 
 def draw(

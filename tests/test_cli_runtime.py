@@ -20,6 +20,7 @@ def run(*arguments: object) -> int:
 MISTAKES = {
     "vram without a gpu": ([*PICTURE, "-o", "a.png", "--device", "cpu", "--vram", "8GB"], "is about a CUDA GPU"),
     "compute": ([*PICTURE, "-o", "a.png", "--compute", "int4"], "compute int4 is unknown; choose one of 16-bit"),
+    "metrics": ([*PICTURE, "-o", "a.png", "--metrics", "no/such/m.json"], "no/such"),
     "ram": ([*PICTURE, "-o", "a.png", "--device", "cpu", "--ram-budget", "much"], "write it as a number with its unit"),
 }
 

@@ -1,5 +1,6 @@
 """Tiles of the VAE: they cover, fade into each other, fit the memory, shrink after a failure, and change little."""
 
+import json
 import math
 import warnings
 import weakref
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
+from flux_quant.benchmarks import vae_tiles
+from flux_quant.benchmarks.machine import RESULTS
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing import vae
 from flux_quant.drawing.vae import (
@@ -40,14 +43,8 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def picture() -> Tensor:
-    """(1, 3, 256, 384): discs of many colours on white, as the bundled model draws them."""
-    generator = torch.Generator().manual_seed(0)
-    y, x = torch.meshgrid(torch.linspace(0, 1, 256), torch.linspace(0, 1.5, 384), indexing="ij")
-    out = torch.ones(3, 256, 384)
-    for centre_y, centre_x, radius, *colour in torch.rand(24, 6, generator=generator).tolist():
-        inside = (y - centre_y) ** 2 + (x - 1.5 * centre_x) ** 2 < (0.05 + 0.15 * radius) ** 2
-        out = torch.where(inside, torch.tensor(colour)[:, None, None], out)
-    return out[None]
+    """(1, 3, 256, 384)."""
+    return vae_tiles.discs()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -308,3 +305,9 @@ def test_decoding_keeps_to_the_memory_that_is_left(bundled):
         torch.cuda.set_per_process_memory_fraction(1.0)
         bundled.to("cpu")
     assert psnr(capped, whole) > 25
+
+
+def test_the_document_says_what_was_measured():
+    (path,) = RESULTS.glob("vae_tiles-*.json")
+    text = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    assert vae_tiles.sentence(json.loads(path.read_text())["rows"]) in " ".join(text.split())

@@ -80,6 +80,7 @@ def generate(
     from flux_quant import console
     from flux_quant.components import find_components, picture_size, recommended_size
     from flux_quant.converters.lora_io import parse_lora_option
+    from flux_quant.converters.output import check_target
     from flux_quant.converters.shards import parse_size
     from flux_quant.drawing.latents import LatentFiles
     from flux_quant.drawing.request import (
@@ -107,6 +108,8 @@ def generate(
     check_pictures([*paths, *([preview] if preview else [])], force)
     if save_latent:
         check_latents(save_latent, force)
+    if metrics:
+        check_target(metrics, True)
     cache = PromptCache.default(parse_size(prompt_cache_size)) if prompt_cache else None
     use_threads(threads)
     place, dtype = choose_device(device)
