@@ -30,6 +30,7 @@ setup(
         "flux_quant.kernels",
         "flux_quant.converters",
         "flux_quant.benchmarks",
+        "flux_quant.benchmarks.bench",
         "flux_quant.benchmarks.tiny_flux",
     ],
     package_dir={
