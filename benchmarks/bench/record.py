@@ -3,8 +3,8 @@
     results/<machine>/<date>-<suite>.json
     {"schema": 1, "suite", "command", "date", "weights", "machine", "limits", "rows": [Row, ...]}
 
-A row is one case of one program. Names of numbers end in their unit (`seconds`, `bytes`, `_db`, `_gb_per_s`, `joules`); a
-name without one is a count or a ratio. What could not run is a row too, and says why.
+A row is one case of one program. Names of numbers end in their unit (`seconds`, `bytes`, `_db`, `_gb_per_s`, `joules`);
+a name without one is a count or a ratio. What could not run is a row too, and says why.
 """
 
 import json
@@ -40,7 +40,7 @@ class Row:
     rerun:    the command that measures it again
     """
 
-    what: dict[str, Scalar]
+    what: dict[str, Scalar] = field(default_factory=dict)
     subject: str = OURS
     samples: dict[str, list[float]] = field(default_factory=dict)
     values: dict[str, Scalar] = field(default_factory=dict)
