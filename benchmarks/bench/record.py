@@ -19,6 +19,7 @@ from flux_quant.errors import UserError
 SCHEMA = 1
 OURS = "flux_quant"
 MEASURED, EMULATED, PREDICTED, SKIPPED = "measured", "emulated", "predicted", "skipped"
+REPORTED = "reported"  # published by others, with values["source"]; not measured here
 SPREAD = 0.15  # of the middle half of the samples over their median: above it a row is marked unstable
 OUTLIER = 2.0  # the slowest sample over the median, likewise
 
@@ -35,7 +36,8 @@ class Row:
     values:   what else was found: ratios, decibels, bytes moved, ...
     memory:   bytes: allocated, reserved (torch), process, device (NVML), host_rss, host_pinned; those that were had
     expected: predicted_seconds (planner), bound_seconds (physical) and bound_by, where there are such
-    status:   measured; emulated (a larger card under a cap: says what fits, never how fast); predicted; skipped
+    status:   measured; emulated (a larger card under a cap: says what fits, never how fast); predicted; reported (by
+              others, values["source"] says where); skipped
     note:     why it was skipped, or what has to be known to read the row
     rerun:    the command that measures it again
     """
