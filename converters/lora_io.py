@@ -3,6 +3,8 @@
     lora = read_lora(path, shapes)      shapes: names and shapes of the transformer, in BFL naming
     lora.records, lora.unused           what it changes, and every key that found no place
 
+`lora_of` does the same for tensors in memory.
+
 No family is guessed: each key is read by itself (lora_names), the parts of one module become records (lora_build).
 What cannot be right ends here with the first key concerned: a file for another model, a whole model instead of a
 LoRA, two keys for the same thing.
@@ -10,9 +12,11 @@ LoRA, two keys for the same thing.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -49,44 +53,56 @@ def is_number(text: str) -> bool:
     return True
 
 
+class Source(NamedTuple):
+    """Where the tensors of a LoRA are; `path` names it in messages."""
+
+    path: Path
+    keys: list[str]
+    metadata: Mapping[str, object]
+    tensor: Callable[[str], Tensor]
+
+
 def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
     """All changes of a file for a transformer of these names and shapes (BFL), and for its text encoders."""
     path = Path(path)
     reader = open_checkpoint(path)
     if not isinstance(reader, FileReader):
         raise UserError(f"{path} is more than one file; name the file of the LoRA")
-    alphas = PeftAlphas(path, reader.metadata)
+    keys = [*reader.tensors, *reader.foreign]
+    return lora_of(Source(path, keys, reader.metadata, partial(stored, reader)), shapes)
+
+
+def lora_of(source: Source, shapes: Mapping[str, Shape]) -> Lora:
+    """The same of tensors that are already there."""
+    alphas = PeftAlphas(source.path, source.metadata)
     names = ModuleNames(shapes)
     groups: dict[Target, Group] = {}
-    unused = []
-    for key in (*reader.tensors, *reader.foreign):
-        if not place(key, reader, names, alphas, groups):
-            unused.append(key)
+    unused = [key for key in source.keys if not place(key, source, names, alphas, groups)]
     built: list[list[Record]] = []
     for group in groups.values():
         found, used = build(group, shapes)
         built.append(found)
         unused += [key for role, key in group.keys.items() if role not in used]
-    check_overlaps(path, built)
+    check_overlaps(source.path, built)
     records = [record for found in built for record in found]
-    check_whole(path, [*reader.tensors, *reader.foreign], records)
-    return Lora(path, tuple(records), unused, widths(records, shapes), reader.metadata)
+    check_whole(source.path, source.keys, records)
+    return Lora(source.path, tuple(records), unused, widths(records, shapes), source.metadata)
 
 
-def place(key: str, reader: FileReader, names: ModuleNames, alphas: "PeftAlphas", groups: dict[Target, Group]) -> bool:
+def place(key: str, source: Source, names: ModuleNames, alphas: "PeftAlphas", groups: dict[Target, Group]) -> bool:
     """Put a key into the group of its target; False if it has none."""
     parts = split_key(key)
     found = parts and names.resolve(parts[0])
     if not found:
         return False
     (target, own_name), role = found, parts[1]
-    tensor = stored(reader, key)
+    tensor = source.tensor(key)
     whole_number = not tensor.is_floating_point() and role not in ("alpha", "reshape")
     if whole_number or role == "norm" and not (target.component == TRANSFORMER and target.module.endswith("_norm")):
         return False
-    group = groups.setdefault(target, Group(reader.path, target, default_alpha=alphas.of(target.component, own_name)))
+    group = groups.setdefault(target, Group(source.path, target, default_alpha=alphas.of(target.component, own_name)))
     if role in group.keys:
-        raise UserError(f"{reader.path}: {group.keys[role]} and {key} mean the same; the file holds two LoRAs")
+        raise UserError(f"{source.path}: {group.keys[role]} and {key} mean the same; the file holds two LoRAs")
     group.keys[role], group.tensors[role] = key, tensor
     return True
 

@@ -105,7 +105,7 @@ class Memory:
             host = replace(host, pinned=pinned, pageable=max(0, parse_amount(ram, "RAM budget") - pinned))
         return cls(device, machine, budget, host, CudaReadings(device), pinned, log)
 
-    def plan(self, model: Model, work: Work, encoder: TextEncoder) -> Plan:
+    def plan(self, model: Model, work: Work, encoder: TextEncoder | None) -> Plan:
         """UserError with the minimum, and what would lower it, if the work does not fit."""
         return planner.plan(model, work, self.machine, self.budget, encoder, self.host)
 
@@ -191,8 +191,7 @@ class Residence:
             )
         )
         try:
-            for path in self.outside:
-                path.move_(lambda tensor: tensor.to(self.memory.place))
+            self.move_outside(self.memory.place)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -202,19 +201,37 @@ class Residence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.streamer.detach()
+        self.move_outside("cpu")
+
+    def move_outside(self, device: torch.device | str) -> None:
         for path in self.outside:
-            path.move_(lambda tensor: tensor.to("cpu"))
+            path.move_(lambda tensor: tensor.to(device))
+
+    def pause(self) -> None:
+        """Nothing on the device until the next `run` or `step`; pinned memory stays."""
+        self.streamer.pause()
+        self.move_outside("cpu")
 
     def run(self, work: Callable[[], T]) -> T:
         """work(), from the beginning again with a smaller plan each time that memory runs out."""
 
         def attempt() -> T:
-            self.streamer.replan(self.plan.stream)
             self.step_seconds.clear()
-            self.last = time.perf_counter()
-            return work()
+            return self.begin(work)
 
         return self.climb(attempt)
+
+    def step(self, work: Callable[[], T]) -> T:
+        """One pass of many that others ask for; as `run`, and then the plan is revised."""
+        result = self.climb(lambda: self.begin(work))
+        self.after_step()
+        return result
+
+    def begin(self, work: Callable[[], T]) -> T:
+        self.streamer.replan(self.plan.stream)
+        self.move_outside(self.memory.place)
+        self.last = time.perf_counter()
+        return work()
 
     def climb(self, attempt: Callable[[], T]) -> T:
         for rung in range(RUNGS):

@@ -63,9 +63,12 @@ class Plan:
 
 
 def plan(
-    model: Model, work: Work, machine: Machine, budget: Budget, encoder: TextEncoder, host: Host | None = None
+    model: Model, work: Work, machine: Machine, budget: Budget, encoder: TextEncoder | None, host: Host | None = None
 ) -> Plan:
-    """The plan for this work. UserError with the minimum, and what would lower it, if it does not fit the budget."""
+    """The plan for this work, without a phase for text if there is no encoder.
+
+    UserError with the minimum, and what would lower it, if it does not fit the budget.
+    """
     host = host or Host()
     phases.check_rates(work, machine)
     phases.check_minimum(model, work, machine, budget)
@@ -75,7 +78,7 @@ def plan(
     stream, time = choose(model, seconds, room, host, machine)
     step, compute = time * work.passes, sum(seconds) * work.passes
     in_order = (
-        phases.text(encoder, work, machine, budget, host),
+        *([phases.text(encoder, work, machine, budget, host)] if encoder else []),
         phases.modulation(model, work, machine, host),
         phases.denoise(fixed, stream, work, step),
         phases.decode(work, machine, budget),

@@ -153,6 +153,16 @@ class BlockStreamer:
         totals.pageable_bytes, totals.mapped_bytes = self.arena.tiers(plan.streamed)
 
     @torch.inference_mode(False)
+    def pause(self) -> None:
+        """Give back the device's memory; what is pinned stays so. `replan` goes on. Waits for the device."""
+        if self.attached:
+            self.plan = None
+            self._halt()
+            for block in self.residents:
+                self.arena.bring_home(block)
+            self.residents.clear()
+
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Leave the module as it was, and give back all memory. Waits for the device."""
         if self.attached:
