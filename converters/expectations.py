@@ -19,7 +19,7 @@ from flux_quant.formats import FORMATS, Shape
 TIME_CHANNELS = 256  # of FLUX.1's timestep and guidance embedding
 
 ARCHITECTURES = {"FLUX.1": ("flux",), "T5 encoder": ("t5encoder", "t5"), "SDXL": ("sdxl",)}  # general.architecture
-ALIKE = ("FLUX ControlNet", "T5 encoder", "CLIP-L", "CLIP-G")  # families whose blocks of one kind are all the same
+ALIKE = ("FLUX ControlNet", "XLabs ControlNet", "T5 encoder", "CLIP-L", "CLIP-G")  # blocks of one kind are all alike
 FIRST_BLOCK_ONLY = "layer.0.SelfAttention.relative_attention_bias.weight"  # of T5
 REQUIRED = {  # family -> what it has beside blocks
     "T5 encoder": (

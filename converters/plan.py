@@ -137,7 +137,7 @@ def check_device(name: str) -> None:
 def choose(found: Sequence[Component], asked: Conversion, what: str) -> list[Component]:
     """The components that were asked for, or the main one, in the order of TARGETS."""
     by_label = {LABELS[component.family.name]: component for component in found if component.family.name in LABELS}
-    known = [label for label in LABELS.values() if label in by_label]
+    known = [label for label in dict.fromkeys(LABELS.values()) if label in by_label]
     if missing := [label for label in asked.components if label not in by_label]:
         raise UserError(f"{asked.source} holds no {missing[0]}; it is {what}")
     if not known:

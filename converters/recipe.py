@@ -50,6 +50,13 @@ LAYOUTS: dict[tuple[str, str], Rows] = {
         ("single_transformer_blocks.*.weight", BULK),
         ("*", WIDE),
     ),
+    ("XLabs ControlNet", GGUF): (("double_blocks.*", BULK), ("single_blocks.*", BULK), ("*", "f16")),
+    ("XLabs ControlNet", SAFETENSORS): (
+        ("*.scale", KEEP),
+        ("double_blocks.*.weight", BULK),
+        ("single_blocks.*.weight", BULK),
+        ("*", WIDE),
+    ),
     ("T5 encoder", GGUF): (("*.relative_attention_bias.weight", "f32"),),
     ("T5 encoder", SAFETENSORS): (
         ("encoder.block.*.SelfAttention.[qkvo].weight", BULK),

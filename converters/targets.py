@@ -14,6 +14,7 @@ class Target:
 TARGETS = {  # family -> its names; of several models in a source, the first here is the main one
     "FLUX.1": Target("transformer", "transformer", "flux", "model.diffusion_model."),
     "FLUX ControlNet": Target("controlnet", "controlnet", "flux-controlnet"),
+    "XLabs ControlNet": Target("controlnet", "controlnet", "flux-controlnet"),
     "FLUX Redux": Target("redux", "redux"),
     "SDXL": Target("unet", "unet", "sdxl"),
     "T5 encoder": Target("t5", "t5xxl", "t5encoder", "text_encoders.t5xxl.transformer."),

@@ -230,8 +230,11 @@ class Control:
 
     def acting(self, steps: int) -> list[int]:
         """The steps that lie in its span as a whole, as in diffusers."""
-        first, last = self.span
-        return [step for step in range(steps) if step / steps >= first and (step + 1) / steps <= last]
+        return acting(self.span, steps)
+
+
+def acting(span: tuple[float, float], steps: int) -> list[int]:
+    return [step for step in range(steps) if step / steps >= span[0] and (step + 1) / steps <= span[1]]
 
 
 CallsOf = Callable[[bool], list[list[Call]]]  # whether guided -> the calls of each step

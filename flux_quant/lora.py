@@ -177,6 +177,14 @@ def tensors_by_module(model: nn.Module) -> dict[str, list[Tensor]]:
     return {name: path.tensors for name, (_, path) in applied.paths.items()} if applied else {}
 
 
+def makes_outputs(model: nn.Module) -> bool:
+    """Whether an adapter allocates an output of its own beside that of its layer, as all but plain LoRAs may."""
+    applied = applied_to(model)
+    return bool(applied) and any(
+        path.others or path.row_gains or path.column_gains for _, path in applied.paths.values()
+    )
+
+
 def tensors_by_block(
     model: nn.Module, blocks: Iterable[str], left: Iterable[nn.Module] = ()
 ) -> tuple[dict[str, list[Tensor]], list[SidePath]]:

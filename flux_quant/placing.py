@@ -10,17 +10,18 @@ import torch
 from torch import nn
 
 from flux_quant.components import Components
-from flux_quant.controlnet import device_bytes
+from flux_quant.controlnet import acting, device_bytes
 from flux_quant.converters.component import open_component
 from flux_quant.drawing import vae
 from flux_quant.drawing.given import Given, Nets, reference_size
 from flux_quant.drawing.redux import redux_length
 from flux_quant.drawing.request import PATCH, Request
 from flux_quant.errors import UserError
+from flux_quant.lora import makes_outputs
 from flux_quant.model import Flux
-from flux_quant.planner.footprint import BYTES, TextEncoder, Work
+from flux_quant.planner.footprint import BYTES, Net, TextEncoder, Work
 from flux_quant.planner.plan import Plan
-from flux_quant.runtime import Memory, hoisted_globs, sizes_of
+from flux_quant.runtime import Memory, hoisted_globs, sizes_of, tensors_of
 from flux_quant.streaming import BlockStreamer, StreamPlan, block_bytes, rings_for
 from flux_quant.text.encode import LONGEST, TextOptions
 from flux_quant.text.encoders import Placement
@@ -61,6 +62,7 @@ def planned(
         steps=request.steps,
         passes=1 if request.negative is None else 2,
         compute="float" if compute == "16-bit" else compute,
+        adapters=makes_outputs(model),
         reference=prod(reference_size(request)) // PATCH**2 if request.reference else 0,
     )
     sizes, item = sizes_of(model), BYTES[memory.machine.dtype]
@@ -68,7 +70,9 @@ def planned(
     def plan_with(streamed: bool) -> Plan:
         tokens = work.batch * work.image_tokens
         held = device_bytes([net for _, net in nets], model.config, tokens, item, streamed)
-        return memory.plan(sizes, replace(work, controlnets=held), encoder)
+        shares = (len(acting(asked.span, work.steps)) / work.steps for asked, _ in nets)
+        beside = tuple(Net.of(tensors_of(net), share, streamed) for (_, net), share in zip(nets, shares, strict=True))
+        return memory.plan(sizes, replace(work, controlnets=held, nets=beside), encoder)
 
     bring = None
     try:

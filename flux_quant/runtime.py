@@ -29,7 +29,7 @@ from flux_quant.lora import tensors_by_block, tensors_by_module
 from flux_quant.modulation import hoisted_modules, move_without_
 from flux_quant.planner import plan as planner
 from flux_quant.planner.doctor import diagnose, machine_of
-from flux_quant.planner.footprint import CONTEXT, Model, TextEncoder, Work
+from flux_quant.planner.footprint import CONTEXT, Model, Tensors, TextEncoder, Work
 from flux_quant.planner.gpus import Machine
 from flux_quant.planner.memory import Budget, amount, parse_amount
 from flux_quant.planner.plan import Plan, Seen
@@ -326,7 +326,12 @@ def hoisted_globs(model: nn.Module) -> list[str]:
 
 
 def sizes_of(model: nn.Module) -> Model:
-    """What a plan needs to know of an engine as it is now: repacked, in formats for 8-bit compute, with its LoRAs."""
+    """What a plan needs to know of an engine as it is now."""
+    return Model.of(tensors_of(model))
+
+
+def tensors_of(model: nn.Module) -> Tensors:
+    """Shapes and formats of an engine or a ControlNet: repacked, in formats for 8-bit compute, with its LoRAs."""
     tensors = {}
     for path, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
@@ -336,7 +341,7 @@ def sizes_of(model: nn.Module) -> Model:
     for path, factors in tensors_by_module(model).items():
         for i, tensor in enumerate(factors):
             tensors[f"{path}.adapter.{i}"] = tuple(tensor.shape), PLAIN[tensor.dtype]
-    return Model.of(tensors)
+    return tensors
 
 
 PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

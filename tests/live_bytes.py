@@ -114,7 +114,7 @@ def peak_of_a_pass(flux: FluxConfig, work: Work, dtype: torch.dtype, triton: boo
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             inside = "blocks." in path and ".lin" not in path.replace(".linear", "")
-            linear = Linear(layer, inside and work.compute != "float", int(inside and work.adapters > 0))
+            linear = Linear(layer, inside and work.compute != "float", int(inside and work.adapters))
             model.set_submodule(path, linear)
     rows, columns = work.size[1] // 16, work.size[0] // 16
     b, meta = work.batch, dict(device="meta")

@@ -145,6 +145,27 @@ def test_nets_that_see_pixels(naming: str, engine: Flux, judge: nn.Module, tmp_p
     assert relative_error(engine(**x), expected) > 0.01
 
 
+@pytest.mark.parametrize("naming", ["diffusers", "XLabs"])
+@torch.no_grad()
+def test_converted_nets(naming: str, tmp_path: Path):
+    """A net in 8 bits adds nearly the same, in either naming and container."""
+    theirs = diffusers_net(
+        num_layers=2, num_single_layers=0, guidance_embeds=True, conditioning_embedding_channels=16, patch_size=2
+    )
+    source = tmp_path / "net.safetensors"
+    save_file(theirs.state_dict() if naming == "diffusers" else in_xlabs_names(theirs), source)
+    x, hint = inputs(), torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def added(path: Path) -> Tensor:
+        net = load_controlnet(path, BASE)
+        return torch.cat(residuals_of(net, x, net.tokens(hint)).double)
+
+    exact = added(source)
+    for name, fmt, most in (("net.gguf", "q8_0", 0.02), ("net8.safetensors", "fp8", 0.08)):
+        run(make_plan(Conversion(source, tmp_path / name, fmt)))
+        assert 1e-4 < relative_error(added(tmp_path / name), exact) < most
+
+
 @torch.no_grad()
 def test_several_nets_are_those_of_diffusers(engine: Flux, judge: nn.Module, tmp_path: Path):
     from diffusers import FluxMultiControlNetModel

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flux_quant.cli import main
+from flux_quant.components import BUNDLED, find_components
 from flux_quant.planner import doctor, rates
 from flux_quant.planner.doctor import GpuReport, diagnose, machine_of
 from flux_quant.planner.rates import Effort
+from given_files import alimama
 
 BRIEF = Effort(seconds=0.001, cpu_side=64, copy_bytes=1 << 20, disk_bytes=1 << 20)
 CARD = GpuReport(
@@ -172,14 +175,32 @@ def test_plan_verb(model, no_gpu, capsys):
 
 def test_plan_verb_as_json(model, no_gpu, capsys):
     """The small model in a budget that holds its working memory and some of its blocks."""
-    options = ["--vram", "720MB", "--batch", "2", "--lora", str(model), "--negative", "--json", "--size", "256"]
+    options = ["--vram", "720MB", "--batch", "2", "--negative", "--json", "--size", "256"]
     assert main(["plan", str(model), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["predicted"] and found["peak_bytes"] <= found["budget"]["nbytes"] == 720_000_000
-    assert found["work"]["adapters"] == model.stat().st_size and found["work"]["passes"] == 2
+    assert found["work"]["passes"] == 2
     assert [phase["name"] for phase in found["phases"]] == ["text", "modulation", "denoise", "decode"]
     assert all(phase["peak_bytes"] == sum(phase["parts"].values()) for phase in found["phases"])
     assert any("RTX 3060" in reason for reason in found["reasons"]), "whose rates were taken"
+
+
+def test_plan_with_what_lies_beside(model, tmp_path, no_gpu, capsys):
+    """Factors of a LoRA count in their blocks in the dtype of the activations; a net by its bytes and its time."""
+    net, lora = tmp_path / "net.safetensors", tmp_path / "lora.safetensors"
+    save_file(alimama().state_dict(), net)
+    file, width = find_components(BUNDLED).transformer, 256
+    key = "lora_unet_double_blocks_1_img_attn_proj"
+    factors = {"lora_down": torch.zeros(24, width), "lora_up": torch.zeros(width, 24)}
+    save_file({f"{key}.{name}.weight": factor for name, factor in factors.items()}, lora)
+    made = []
+    for more in ([], ["--lora", str(lora)], ["--controlnet", str(net)]):
+        assert main(["plan", str(file), "--gpu", "3060", "--size", "256", "--json", *more]) == 0
+        made.append(json.loads(capsys.readouterr().out))
+    plain, adapted, controlled = made
+    assert adapted["resident_bytes"] - plain["resident_bytes"] == 2 * 2 * 24 * width
+    assert adapted["step_seconds"] > plain["step_seconds"]
+    assert controlled["work"]["controlnets"] > 0 and controlled["step_seconds"] > 1.2 * plain["step_seconds"]
 
 
 def test_plan_for_this_machine(model, cache, monkeypatch, capsys):

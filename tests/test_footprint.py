@@ -26,8 +26,8 @@ WORKS = {
     "small": Work((256, 272), batch=3, words=77),
     "8bit": Work(compute="int8"),
     "8bit 512": Work((512, 512), compute="int8"),
-    "lora": Work(adapters=1),
-    "lora 2MP": Work((1920, 1072), words=256, adapters=1),
+    "lora": Work(adapters=True),
+    "lora 2MP": Work((1920, 1072), words=256, adapters=True),
 }
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from flux_quant.errors import UserError
 from flux_quant.planner import phases
-from flux_quant.planner.footprint import FORMAT_OF, Model, Work, t5_xxl
+from flux_quant.planner.footprint import FORMAT_OF, Model, Net, Work, t5_xxl
 from flux_quant.planner.gpus import GPUS, find_gpu
 from flux_quant.planner.memory import Budget, amount, parse_amount
 from flux_quant.planner.plan import Plan, Seen, block_times, pass_seconds, plan, replan, resident_order, spread_order
-from flux_quant.planner.steptime import Host, simulate, step_seconds
+from flux_quant.planner.steptime import Host, net_seconds, simulate, step_seconds
 from flux_quant.streaming import Ring, StreamPlan
 from live_bytes import FORMATS, config, tensors_of
 
@@ -122,11 +122,11 @@ def test_what_fits_stays():
 
 def test_phases_of_the_worked_example():
     """8 GB, dev in Q4, 1024 px: resident without modulation, text through the GPU, a plan that says all of it."""
-    made = planned("dev", "q4_k_s", "rtx-3070-8gb", (1024, 1024), adapters=690_000_000)
+    made = planned("dev", "q4_k_s", "rtx-3070-8gb", (1024, 1024), controlnets=690_000_000)
     assert [phase.name for phase in made.phases] == ["text", "modulation", "denoise", "decode"]
     assert not made.stream.streamed
     parts = dict(made.phases[2].parts)
-    assert parts["adapters"] == 690_000_000 and parts["scratch of unpacked weights"] == 64_424_448
+    assert parts["ControlNets"] == 690_000_000 and parts["scratch of unpacked weights"] == 64_424_448
     text = str(made)
     for part in ("57 blocks", "predicted", "T5 streamed", "one piece", "modulation"):
         assert part in text
@@ -166,9 +166,22 @@ def test_too_small():
     parts = ("800 MB", "at least", "predicted", "denoising", "--size 960x528: ", "--batch 1: ", "without ControlNets: ")
     for part in (*parts, "453 MB"):
         assert part in text
-    assert "without adapters" not in text, "it has none"
     least = parse_amount(text.split("below the ")[1].split(" (")[0].replace(" ", ""))
     planned("dev", "bf16", "rtx-4060-8gb", (1920, 1072), least + GB // 100, batch=2, controlnets=300_000_000)
+
+
+def test_controlnets_take_time():
+    """A net of the model's blocks, in half of the steps: half as long again. Through slots, as long as its copies."""
+    alone = planned("dev", "q8_0", "rtx-3090-24gb", (1024, 1024))
+    blocks = alone.model.blocks
+    beside = planned("dev", "q8_0", "rtx-3090-24gb", (1024, 1024), nets=(Net(blocks, 0.5),))
+    assert beside.step == pytest.approx(1.5 * alone.step) and beside.compute == pytest.approx(1.5 * alone.compute)
+    slow = replace(alone.machine, pinned=1e9)
+    streamed = Net(blocks, streamed=True)
+    copies = sum(block.nbytes for block in blocks) / 1e9
+    assert net_seconds(alone.model, replace(alone.work, nets=(streamed,)), slow, Host()) == pytest.approx(
+        copies, rel=0.02
+    )
 
 
 # --- The model of time ------------------------------------------------------------------------------------------------

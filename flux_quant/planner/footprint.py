@@ -46,8 +46,9 @@ class Work:
     steps: int = 20
     passes: int = 1  # of the transformer in a step: 2 with a negative prompt
     compute: str = "float"
-    adapters: int = 0  # bytes of LoRA factors, which stay on the device
+    adapters: bool = False  # LoRAs that make outputs of their own; factors are counted as tensors of their blocks
     controlnets: int = 0  # bytes of ControlNets, which stay on the device
+    nets: tuple["Net", ...] = ()  # their blocks
     reference: int = 0  # tokens of a picture that is seen, not drawn
 
     def __post_init__(self) -> None:
@@ -106,12 +107,8 @@ class Model:
     def of(cls, tensors: Tensors) -> "Model":
         """UserError if these are not the tensors of a FLUX.1 transformer."""
         config = FluxConfig.from_shapes({name: shape for name, (shape, _) in tensors.items()})
-        groups: dict[str, dict[str, tuple[Shape, str]]] = {}
-        for name in sorted(tensors, key=running_order):
-            groups.setdefault(block_of(name), {})[name] = tensors[name]
-        outside = groups.pop("outside blocks")
+        blocks, outside = blocks_of(tensors)
         before = {name: kind for name, kind in outside.items() if is_hoisted(name)}
-        blocks = tuple(block_from(name, group) for name, group in groups.items())
         return cls(config, blocks, buffer_bytes(outside) - buffer_bytes(before), buffer_bytes(before))
 
     @property
@@ -126,6 +123,28 @@ class Model:
     @property
     def nbytes(self) -> int:
         return self.outside + self.modulation + sum(block.nbytes for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A ControlNet's blocks, as wide as the model's."""
+
+    blocks: tuple[Block, ...]
+    share: float = 1.0  # of the steps in which it acts
+    streamed: bool = False  # each kind of block passes through two slots
+
+    @classmethod
+    def of(cls, tensors: Tensors, share: float = 1.0, streamed: bool = False) -> "Net":
+        return cls(blocks_of(tensors)[0], share, streamed)
+
+
+def blocks_of(tensors: Tensors) -> tuple[tuple[Block, ...], dict[str, tuple[Shape, str]]]:
+    """In running order, and the tensors outside of them."""
+    groups: dict[str, dict[str, tuple[Shape, str]]] = {}
+    for name in sorted(tensors, key=running_order):
+        groups.setdefault(block_of(name), {})[name] = tensors[name]
+    outside = groups.pop("outside blocks", {})
+    return tuple(block_from(name, group) for name, group in groups.items()), outside
 
 
 def block_from(name: str, tensors: Tensors) -> Block:

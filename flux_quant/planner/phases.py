@@ -57,7 +57,6 @@ def denoising_parts(model: Model, work: Work, machine: Machine) -> tuple[tuple[s
         *fixed_parts(machine),
         ("scratch of unpacked weights", scratch_for(model, machine)),
         ("embedders, last layer", model.outside),
-        ("adapters", work.adapters),
         ("ControlNets", work.controlnets),
         ("text, latents, modulation", footprint.state_bytes(model.config, work, machine.dtype)),
         ("activations", activations),
@@ -171,8 +170,7 @@ def check_minimum(model: Model, work: Work, machine: Machine, budget: Budget) ->
     changes = {
         f"--size {half[0]}x{half[1]}": replace(work, size=half),
         "--batch 1": replace(work, batch=1),
-        "without adapters": replace(work, adapters=0),
-        "without ControlNets": replace(work, controlnets=0),
+        "without ControlNets": replace(work, controlnets=0, nets=()),
     }
     least = {name: minimum(model, other, machine)[0] for name, other in changes.items()}
     lower = [f"{name}: {amount(nbytes)}" for name, nbytes in least.items() if nbytes < needed]

@@ -17,7 +17,7 @@ from flux_quant.planner.footprint import Model, TextEncoder, Work
 from flux_quant.planner.gpus import Machine
 from flux_quant.planner.memory import RESERVE, Budget, amount
 from flux_quant.planner.phases import Phase
-from flux_quant.planner.steptime import Host, block_seconds, simulate
+from flux_quant.planner.steptime import Host, block_seconds, net_seconds, simulate
 from flux_quant.streaming import Ring, StreamPlan
 
 # Slots for double and for single blocks; None: single blocks pass through the slots of the double ones. With one slot
@@ -76,7 +76,8 @@ def plan(
     room = phases.usable(budget) - sum(nbytes for _, nbytes in fixed)
     seconds = [block_seconds(block, model, work, machine) for block in model.blocks]
     stream, time = choose(model, seconds, room, host, machine)
-    step, compute = time * work.passes, sum(seconds) * work.passes
+    nets = net_seconds(model, work, machine, host)
+    step, compute = (time + nets) * work.passes, (sum(seconds) + nets) * work.passes
     in_order = (
         *([phases.text(encoder, work, machine, budget, host)] if encoder else []),
         phases.modulation(model, work, machine, host),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from flux_quant.planner.footprint import Block, Model, TextEncoder, Work
+from flux_quant.planner.footprint import Block, Model, Net, TextEncoder, Work
 from flux_quant.planner.gpus import Machine
 from flux_quant.streaming import StreamPlan
 from flux_quant.streaming.memory import RESERVE, SHARE
@@ -64,6 +64,19 @@ def block_seconds(block: Block, model: Model, work: Work, machine: Machine) -> f
     attention = 4 * b * tokens**2 * config.hidden
     moved = units * unit + unpack_bytes(block, work, machine)
     return products / rate + attention / machine.attention + moved / machine.bandwidth
+
+
+def net_seconds(model: Model, work: Work, machine: Machine, host: Host) -> float:
+    """What ControlNets add to the mean pass: their blocks, as wide as the model's, in their share of the steps."""
+    return sum(net.share * one_net_seconds(net, model, work, machine, host) for net in work.nets)
+
+
+def one_net_seconds(net: Net, model: Model, work: Work, machine: Machine, host: Host) -> float:
+    compute = [block_seconds(block, model, work, machine) for block in net.blocks]
+    if not net.streamed:
+        return sum(compute)
+    sizes = [block.nbytes for block in net.blocks]
+    return simulate(compute, sizes, [int(b.is_double) for b in net.blocks], (2, 2), host.rate(sum(sizes), machine))
 
 
 def unpack_bytes(block: Block, work: Work, machine: Machine) -> float:

@@ -2,6 +2,7 @@
 
 import json as json_format
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from flux_quant.errors import UserError
 from flux_quant.verbs import options as opt
 
 if TYPE_CHECKING:
-    from flux_quant.planner.footprint import Model, TextEncoder
+    from flux_quant.planner.footprint import Model, Tensors, TextEncoder, Work
     from flux_quant.planner.gpus import Machine
     from flux_quant.planner.memory import Budget
     from flux_quant.planner.plan import Plan
@@ -62,10 +63,13 @@ def plan(
     from flux_quant.components import picture_size
     from flux_quant.converters.component import open_component
     from flux_quant.planner import plan as planner
-    from flux_quant.planner.footprint import Model, Work
+    from flux_quant.planner.footprint import FORMAT_OF, Model, Work
 
+    machine, budget, host, notes = surroundings(gpu, vram, ram)
     reader = open_component(file, "FLUX.1")
-    model = Model.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
+    tensors = {name: (info.shape, info.format) for name, info in reader.tensors.items()}
+    factors, apart = factors_of(lora or (), tensors, FORMAT_OF[machine.dtype])
+    model = Model.of(tensors | factors)
     guided = model.config.guidance
     work = Work(
         size=picture_size(size, file),
@@ -74,10 +78,9 @@ def plan(
         steps=(20 if guided else 4) if steps is None else steps,
         passes=2 if negative else 1,
         compute=compute,
-        adapters=bytes_of(lora),
-        controlnets=bytes_of(controlnet),
+        adapters=apart,
     )
-    machine, budget, host, notes = surroundings(gpu, vram, ram)
+    work = with_nets(work, controlnet or (), model, machine)
     encoder, assumed = text_encoder(file, t5)
     made = planner.plan(model, work, machine, budget, encoder, host)
     notes += assumed
@@ -170,8 +173,34 @@ def text_encoder(file: Path, t5: Path | None) -> tuple["TextEncoder", list[str]]
     return TextEncoder.of({name: (info.shape, info.format) for name, info in reader.tensors.items()}), []
 
 
-def bytes_of(files: list[Path] | None) -> int:
-    return sum(path.stat().st_size for path in files or ())
+def factors_of(files: Sequence[Path], model: "Tensors", fmt: str) -> tuple["Tensors", bool]:
+    """Factors of LoRAs as tensors of the layers that they are beside; whether some need an output of their own."""
+    from flux_quant.converters.lora_io import read_lora
+
+    shapes = {name: shape for name, (shape, _) in model.items()}
+    records = [
+        record for path in files for record in read_lora(path, shapes).records if f"{record.module}.weight" in shapes
+    ]
+    factors = {
+        f"{record.module}.adapter.{i}.{name}": (tuple(factor.shape), fmt)
+        for i, record in enumerate(records)
+        for name, factor in record.factors.items()
+    }
+    return factors, any(record.kind not in ("lora", "bias") or record.magnitude is not None for record in records)
+
+
+def with_nets(work: "Work", files: Sequence[Path], model: "Model", machine: "Machine") -> "Work":
+    """The work with ControlNets that stay on the device and act in every step."""
+    from dataclasses import replace
+
+    from flux_quant.controlnet import device_bytes
+    from flux_quant.loading import load_controlnet
+    from flux_quant.planner.footprint import BYTES, Net
+    from flux_quant.runtime import tensors_of
+
+    nets = [load_controlnet(path, model.config) for path in files]
+    held = device_bytes(nets, model.config, work.batch * work.image_tokens, BYTES[machine.dtype])
+    return replace(work, controlnets=held, nets=tuple(Net.of(tensors_of(net)) for net in nets))
 
 
 def show(file: Path, made: "Plan", notes: list[str]) -> None:
