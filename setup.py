@@ -40,7 +40,7 @@ setup(
     },
     package_data={
         "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "json", "txt", "model", "md")],
-        "flux_quant.benchmarks": ["results/*.json"],
+        "flux_quant.benchmarks": ["results/*.json", "results/*/*.json"],
     },
     install_requires=[
         "torch>=2.11",

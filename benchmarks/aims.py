@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from flux_quant.benchmarks.machine import RESULTS, device_name, result_path, write_result
+from flux_quant.benchmarks.machine import device_name, newest_result, write_result
 from flux_quant.planner.memory import parse_amount
 
 EIGHT_BITS, FOUR_BITS = ("q8_0", "fp8", "fp8_rows"), ("q4_k",)
@@ -161,9 +161,9 @@ def judged(results: Results) -> Iterator[dict[str, object]]:
 
 
 def read_results() -> Results:
-    """Results of this device, by suite; those that do not exist are left out."""
-    paths = {name: result_path(name, RESULTS) for name in SUITES}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    """The last results of this device, by suite; those that do not exist are left out."""
+    paths = {name: newest_result(name) for name in SUITES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path}
 
 
 def main() -> int:

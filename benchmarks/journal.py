@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flux_quant.benchmarks.machine import RESULTS, fingerprint, write_result
+from flux_quant.benchmarks.machine import RESULTS, fingerprint, result_path, write_result
 from flux_quant.errors import UserError
 
 Row = dict[str, object]
@@ -14,7 +14,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSErr
 
 @dataclass
 class Journal:
-    """`suite-device.json` with `rows`; those that could not be had, and why, in `skipped`."""
+    """`<machine>/<date>-suite.json` with `rows`; those that could not be had, and why, in `skipped`."""
 
     suite: str
     seconds: float  # that all rows may take together
@@ -31,6 +31,10 @@ class Journal:
     @property
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.began)
+
+    @property
+    def path(self) -> Path:
+        return result_path(self.suite, self.folder, str(self.machine["date"])[:10])
 
     def row(self, what: Row, work: Callable[[], Row], needs: float = 0.0) -> Row | None:
         """what | work(), written and returned. None for one that fails, or `needs` more seconds than are left."""

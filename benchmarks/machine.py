@@ -1,4 +1,4 @@
-"""Where a number was measured, and how it is kept: one JSON file per suite and device in `results/`."""
+"""Where a number was measured, and how it is kept: `results/<machine>/<date>-<suite>.json`."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from flux_quant.benchmarks.bench.record import slug
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,7 +29,7 @@ def fingerprint() -> dict[str, object]:
         "triton": package_version("triton"),
         "threads": torch.get_num_threads(),
         "commit": output_of("git", "describe", "--always", "--dirty"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -44,22 +46,41 @@ def fingerprint() -> dict[str, object]:
 def write_result(
     suite: str, result: dict[str, object], folder: Path = RESULTS, machine: dict[str, object] | None = None
 ) -> Path:
-    """`folder/suite-device.json`, which replaces the last one of this device: complete or not at all.
+    """`folder/<machine>/<date>-suite.json`, which replaces that of the same day: complete or not at all.
 
     machine: its fingerprint, where that is known already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = result_path(suite, folder)
+    machine = machine or fingerprint()
+    path = result_path(suite, folder, str(machine["date"])[:10])
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    content = {"suite": suite, "machine": machine or fingerprint(), **result}
+    content = {"suite": suite, "machine": machine, **result}
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
     return path
 
 
-def result_path(suite: str, folder: Path = RESULTS) -> Path:
-    device = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    return folder / f"{suite}-{device}.json"
+def result_path(suite: str, folder: Path = RESULTS, date: str | None = None) -> Path:
+    """Of this device; date: YYYY-MM-DD, else today in UTC."""
+    date = date or now()[:10]
+    return folder / slug(device_name()) / f"{date}-{suite}.json"
+
+
+def newest_result(suite: str, folder: Path = RESULTS, machine: str = "") -> Path | None:
+    """The last one of a suite, by its name; of this device, or of the machines whose folder begins with `machine`."""
+    found = [path for path in folder.glob(f"{machine or slug(device_name())}*/*.json") if suite_in(path) == suite]
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def suite_in(path: Path) -> str:
+    """2026-11-21-kernels.json -> kernels; nothing for other names."""
+    found = re.fullmatch(r"\d{4}-\d\d-\d\d-(.+)\.json", path.name)
+    return found[1] if found else ""
+
+
+def now() -> str:
+    """ISO, UTC, in seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def device_name() -> str:

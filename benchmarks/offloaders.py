@@ -26,7 +26,7 @@ from torch import nn
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks.journal import FAILURES, Journal, Row
 from flux_quant.benchmarks.links import CudaLink, HostLink
-from flux_quant.benchmarks.machine import package_version, result_path
+from flux_quant.benchmarks.machine import package_version
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_parts
 from flux_quant.benchmarks.stage import STAND_IN, NoReadings, Stage, memory_in_use
 from flux_quant.benchmarks.step import SMALL, inputs
@@ -331,7 +331,7 @@ def main() -> int:
     print(f"{len(journal.rows)} rows, {len(journal.skipped)} left out")
     journal.write()
     if args.save:
-        print(f"wrote {result_path('offloaders')}", file=sys.stderr)
+        print(f"wrote {journal.path}", file=sys.stderr)
     return 0
 
 

@@ -120,8 +120,8 @@ def conversion_table(results: dict) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name -> result files (glob), table
     "demo": ("demo.json", demo_table),
     "tiny_flux": ("tiny_flux.json", tiny_table),
-    "formats": ("quantizers-cpu-*.json", formats_table),
-    "conversion": ("conversion-cpu-*.json", conversion_table),
+    "formats": ("cpu-*/*-quantizers.json", formats_table),
+    "conversion": ("cpu-*/*-conversion.json", conversion_table),
 }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks import text_and_vae
 from flux_quant.benchmarks.journal import FAILURES, Journal, Row
-from flux_quant.benchmarks.machine import device_name, result_path
+from flux_quant.benchmarks.machine import device_name
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_flux
 from flux_quant.benchmarks.stage import Stage, open_stage, ram
 from flux_quant.benchmarks.step import SMALL, inputs
@@ -337,7 +337,7 @@ def main() -> int:
         table.add_row(what, str(len(rows)), f"{max(ratios):.3f}" if ratios else "")
     Console(width=100).print(table)
     if args.save:
-        print(f"wrote {result_path(journal.suite)}", file=sys.stderr)
+        print(f"wrote {journal.path}", file=sys.stderr)
     return 0 if journal.rows else 1
 
 

@@ -3,7 +3,7 @@
 A scale belongs to a whole tensor ("tensor") or to each row ("row") of activations and of weights alike; a product does
 not mix the two. Activations get theirs at every call from their largest magnitude, mapped to 448, or a static one from
 calibration. e4m3 holds values to one part in 16, so no channel spoils its neighbours and no rotation is needed, but an
-output is some four times less exact than with int8 (`benchmarks/results/eight_bit-*.json`).
+output is some four times less exact than with int8 (`benchmarks/results/*/*-eight_bit.json`).
 
 Devices differ in what works (Ada and the GeForce cards of Blackwell have lacked rows in some builds), so `fp8_ways`
 tries. `emulate` says what is right. NaN: a row of activations ("row") or all of them ("tensor") with NaN or infinity

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from flux_quant.benchmarks import lora_fusing
-from flux_quant.benchmarks.machine import RESULTS
+from flux_quant.benchmarks.machine import newest_result
 from flux_quant.converters.description import SURVIVES
 
 DOCS = Path(__file__).parents[1] / "docs" / "lora.md"
 
 
 def results() -> list[dict]:
-    (path,) = RESULTS.glob("lora_fusing-*.json")
+    path = newest_result("lora_fusing", machine="cpu")
     return json.loads(path.read_text())["rows"]
 
 

@@ -67,7 +67,7 @@ def failing() -> dict[str, object]:
 
 
 def read(journal: Journal) -> dict[str, list[dict]]:
-    (path,) = journal.folder.iterdir()
+    (path,) = journal.folder.glob("*/*-*.json")
     return json.loads(path.read_text())
 
 

@@ -7,7 +7,7 @@ Which Hadamard matrix matters. Sylvester's, [[1, 1], [1, -1]] to the power, has 
 becomes one large number, and activations behind GELU or SiLU have a mean. Ours is the power of the regular matrix
 J / 2 - I of order 4 (J: ones): every row and column sums to 1, so a constant group stays as it is. It is symmetric,
 hence its own inverse, and one stage is cheaper than two of Sylvester's: half the sum of four, minus each. Groups are
-powers of four for that reason; 0 and 1 mean no rotation. Measured: `benchmarks/results/eight_bit-*.json`.
+powers of four for that reason; 0 and 1 mean no rotation. Measured: `benchmarks/results/*/*-eight_bit.json`.
 """
 
 import torch
