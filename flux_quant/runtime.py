@@ -28,7 +28,7 @@ from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.lora import tensors_by_block, tensors_by_module
 from flux_quant.modulation import hoisted_modules, move_without_
 from flux_quant.planner import plan as planner
-from flux_quant.planner.doctor import diagnose, machine_of
+from flux_quant.planner.doctor import Report, diagnose, machine_of
 from flux_quant.planner.footprint import CONTEXT, Model, Tensors, TextEncoder, Work
 from flux_quant.planner.gpus import Machine
 from flux_quant.planner.memory import Budget, amount, parse_amount
@@ -99,10 +99,7 @@ class Memory:
         report = diagnose()
         machine = machine_of(report)
         budget = Budget.of(vram, machine.usable, "free memory of this GPU")
-        pinned = min(pin_budget(), parse_amount(ram, "RAM budget")) if ram else None
-        host = Host.of(report.ram, sys.platform == "win32")
-        if pinned is not None:
-            host = replace(host, pinned=pinned, pageable=max(0, parse_amount(ram, "RAM budget") - pinned))
+        pinned, host = host_for(report, parse_amount(ram, "RAM budget") if ram else None)
         return cls(device, machine, budget, host, CudaReadings(device), pinned, log)
 
     def plan(self, model: Model, work: Work, encoder: TextEncoder | None) -> Plan:
@@ -142,6 +139,15 @@ class Memory:
             yield
 
 
+def host_for(report: Report, ram: int | None) -> tuple[int | None, Host]:
+    """Bytes to pin (None: as many as suit the machine), and where weights lie that stream; `ram`: bytes for them."""
+    host = Host.of(report.ram, sys.platform == "win32")
+    if ram is None:
+        return None, host
+    pinned = min(pin_budget(), ram)
+    return pinned, replace(host, pinned=pinned, pageable=max(0, ram - pinned))
+
+
 class Whole:
     """A model that fits its device: what a `Residence` offers, for all of it at once."""
 
@@ -174,12 +180,14 @@ class Residence:
     memory: Memory
     changes: list[str] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    hoisted: bool = True  # modulation is given to the model: what evaluates it stays away
 
     last: float = 0.0  # when the last step ended
 
     def __enter__(self) -> "Residence":
-        self.plan = fitted(self.plan, self.model)
-        factors, self.outside = tensors_by_block(self.model, self.plan.stream.names, hoisted_modules(self.model))
+        self.plan = fitted(self.plan, self.model, self.hoisted)
+        left = hoisted_modules(self.model) if self.hoisted else ()
+        factors, self.outside = tensors_by_block(self.model, self.plan.stream.names, left)
         self.streamer = self.climb(
             lambda: BlockStreamer(
                 self.model,
@@ -187,7 +195,7 @@ class Residence:
                 self.memory.device,
                 self.memory.ram_budget,
                 extra=factors,
-                exclude=hoisted_globs(self.model),
+                exclude=hoisted_globs(self.model) if self.hoisted else (),
             )
         )
         try:
@@ -305,11 +313,12 @@ def prepare(model: nn.Module, device: torch.device | str, compute: str, pinnable
         set_compute_(model, compute, device=device)
 
 
-def fitted(plan: Plan, model: nn.Module) -> Plan:
+def fitted(plan: Plan, model: nn.Module, hoisted: bool = True) -> Plan:
     """The plan with the blocks' sizes as they are to the byte, and slots that hold them."""
     stream = plan.stream
-    factors, _ = tensors_by_block(model, stream.names, hoisted_modules(model))
-    sizes, _ = block_bytes(model, stream.names, factors, exclude=hoisted_globs(model))
+    left, globs = (hoisted_modules(model), hoisted_globs(model)) if hoisted else ((), ())
+    factors, _ = tensors_by_block(model, stream.names, left)
+    sizes, _ = block_bytes(model, stream.names, factors, exclude=globs)
     if sizes == stream.sizes:
         return plan
     rings = (
