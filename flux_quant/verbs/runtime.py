@@ -1,7 +1,6 @@
 """The verbs `plan`, `doctor` and `tune`: what would fit where, what this machine can do. `cli` registers them."""
 
 import json as json_format
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,11 +13,7 @@ from flux_quant.verbs import options as opt
 if TYPE_CHECKING:
     from flux_quant.planner.footprint import Model, Tensors, TextEncoder, Work
     from flux_quant.planner.gpus import Machine
-    from flux_quant.planner.memory import Budget
     from flux_quant.planner.plan import Plan
-    from flux_quant.planner.steptime import Host
-
-ASSUMED = "rtx-3060-12gb"  # whose rates are taken where a budget is all that is known
 
 PlanFile = Annotated[Path, typer.Argument(metavar="FILE", help="a FLUX.1 transformer: file, shard or folder")]
 GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="a card of the table [default: this one]")]
@@ -64,6 +59,7 @@ def plan(
     from flux_quant.converters.component import open_component
     from flux_quant.planner import plan as planner
     from flux_quant.planner.footprint import FORMAT_OF, Model, Work
+    from flux_quant.planner.surroundings import surroundings
 
     machine, budget, host, notes = surroundings(gpu, vram, ram)
     reader = open_component(file, "FLUX.1")
@@ -120,42 +116,6 @@ def tune(formats: Formats = "") -> None:
     from flux_quant.benchmarks.tune import tune_device
 
     tune_device([name for name in formats.split(",") if name])
-
-
-def surroundings(gpu: str | None, vram: str | None, ram: str | None) -> tuple["Machine", "Budget", "Host", list[str]]:
-    """The machine to plan for, the budget, RAM, and what was assumed. UserError if there is nothing to go by."""
-    from dataclasses import replace
-
-    from flux_quant.planner.gpus import DISPLAY, GPUS, find_gpu
-    from flux_quant.planner.memory import Budget, amount, parse_amount
-    from flux_quant.planner.steptime import Host
-
-    windows = sys.platform == "win32"
-    host = Host.of(parse_amount(ram, "RAM"), windows) if ram else None
-    if gpu:
-        card = find_gpu(gpu)
-        machine = card.machine()
-        share = f", {amount(DISPLAY)} for a desktop aside" if card.display and not vram else ""
-        free, whole = machine.total if vram else machine.usable, f"all of {machine.name}{share}"
-        return machine, Budget.of(vram, free, whole, reserve=0), host or Host(), [] if ram else [NO_RAM]
-    import torch
-
-    if torch.cuda.is_available():
-        from flux_quant.planner.doctor import diagnose, machine_of
-
-        report = diagnose()
-        machine = machine_of(report)
-        budget = Budget.of(vram, machine.usable, "free memory of this GPU")
-        return machine, budget, host or Host.of(report.ram, windows), []
-    if not vram:
-        raise UserError("no CUDA GPU here to plan for; name one with --gpu (rtx-3060-12gb ...) or give --vram 8GB")
-    nbytes = parse_amount(vram, "budget")
-    machine = replace(GPUS[ASSUMED].machine(), total=nbytes, usable=nbytes)
-    note = f"times are for the rates of an {machine.name}; name another card with --gpu"
-    return machine, Budget(nbytes, f"--vram {vram}"), host or Host(), [note, *([] if ram else [NO_RAM])]
-
-
-NO_RAM = "RAM is taken to hold everything, pinned; give --ram 16GB to see what less means"
 
 
 def text_encoder(file: Path, t5: Path | None) -> tuple["TextEncoder", list[str]]:
