@@ -148,7 +148,7 @@ def calibrate(
     from flux_quant.components import find_components, picture_size
     from flux_quant.converters.imatrix import write_imatrix
     from flux_quant.converters.output import check_target
-    from flux_quant.pipeline import Request, choose_device
+    from flux_quant.generation import Request, choose_device
 
     check_target(output, force)
     use_threads(threads)

@@ -33,7 +33,7 @@ from flux_quant.converters.summary import Summary, shorten
 if TYPE_CHECKING:
     from flux_quant.converters.bundle import Written
     from flux_quant.converters.verify import Report
-    from flux_quant.pipeline import Result as Generation
+    from flux_quant.generation import Result as Generation
 
 WIDTH = 100  # where no terminal tells its own
 

@@ -12,7 +12,7 @@ from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.imatrix import read_imatrix, read_maxima, write_imatrix
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux
-from flux_quant.pipeline import Request, denoise_batch, encode
+from flux_quant.generation import Request, denoise_batch, encode
 
 PARTS = find_components(BUNDLED)
 

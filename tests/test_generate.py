@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_quant import pipeline, runtime
+from flux_quant import generation, runtime
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing import latents, vae
@@ -20,7 +20,7 @@ from flux_quant.drawing.vae import Memory
 from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.modulation import hoisted_modules
-from flux_quant.pipeline import LatentFiles, generate
+from flux_quant.generation import LatentFiles, generate
 
 PROMPT = "large red apple on a white background"
 GENERATE = ["generate", "--model", str(BUNDLED), "--prompt", PROMPT, "--steps", "3", "--no-prompt-cache"]
@@ -121,7 +121,7 @@ def test_a_failed_decode_keeps_the_latents(folder: Path, monkeypatch, capsys: py
     assert main([*GENERATE, *SMALL, "-o", "right.png"]) == 0
     before = names(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "decode_latents", fail_with(torch.OutOfMemoryError("no memory")))
+        patch.setattr(generation, "decode_latents", fail_with(torch.OutOfMemoryError("no memory")))
         for name in ("a.latent.safetensors", "a.latent-2.safetensors"):
             capsys.readouterr()
             assert main([*GENERATE, *SMALL, "-o", "a.png"]) == 2
@@ -153,7 +153,7 @@ def test_an_interruption_while_decoding_leaves_nothing(folder: Path, bundled: Co
         seen.append((folder / "x.safetensors").exists())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "decode_latents", interrupt)
+    monkeypatch.setattr(generation, "decode_latents", interrupt)
     before = names(folder)
     request = Request(PROMPT, steps=1, size=(64, 64))
     with pytest.raises(KeyboardInterrupt):
@@ -221,7 +221,7 @@ def test_values_that_are_not_finite_are_one_line(folder: Path, monkeypatch, caps
         model.double_blocks[0].img_mlp[2].bias.data[0] = float("nan")
         return model
 
-    monkeypatch.setattr(pipeline, "load_flux", poisoned)
+    monkeypatch.setattr(generation, "load_flux", poisoned)
     before = names(folder)
     assert main([*GENERATE, *SMALL, "-o", "a.png"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -241,7 +241,7 @@ def test_hoisting_changes_no_pixel(bundled: Components, monkeypatch: pytest.Monk
     request = Request(PROMPT, steps=8, size=(96, 96), negative="octopus", cfg=2.0, seeds=(1, 2))
     hoisted = generate(bundled, request)
     with monkeypatch.context() as patch:
-        forward = pipeline.Flux.forward
+        forward = generation.Flux.forward
 
         def step_by_step(self, img, txt, pooled, timestep, img_ids, txt_ids, steering, residuals):
             assert not any(residuals)
@@ -254,8 +254,8 @@ def test_hoisting_changes_no_pixel(bundled: Components, monkeypatch: pytest.Monk
             calls[:] = steering_calls(drawing, model.config.guidance)
             return modulation_rows(model, drawing, *rest)
 
-        patch.setattr(pipeline, "modulation_rows", remember)
-        patch.setattr(pipeline.Flux, "forward", step_by_step)
+        patch.setattr(generation, "modulation_rows", remember)
+        patch.setattr(generation.Flux, "forward", step_by_step)
         plain = generate(bundled, request)
         assert not calls, "every pass was made step by step"
     for a, b in zip(hoisted.images, plain.images, strict=True):
@@ -319,6 +319,6 @@ def test_decode_refuses(folder: Path, capsys: pytest.CaptureFixture, bundled: Co
 
 
 def test_an_unknown_vae_has_no_preview(bundled: Components, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pipeline.preview, "FACTORS", {})
+    monkeypatch.setattr(generation.preview, "FACTORS", {})
     with pytest.raises(UserError, match="no linear preview for a VAE of widths 32, 32, 64, 96"):
-        pipeline.previewer(Path("a.png"), bundled.vae)
+        generation.previewer(Path("a.png"), bundled.vae)

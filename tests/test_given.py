@@ -19,7 +19,7 @@ from flux_quant.drawing.sampling import denoise
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.naming import to_diffusers
-from flux_quant.pipeline import encode, make_drawing
+from flux_quant.generation import encode, make_drawing
 from flux_quant.text.encode import TextFeatures
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers

@@ -23,7 +23,7 @@ from flux_quant.errors import UserError
 from flux_quant.loading import load_flux
 from flux_quant.model import Flux
 from flux_quant.modulation import hoisted_modules
-from flux_quant.pipeline import encode, generate, make_drawing
+from flux_quant.generation import encode, generate, make_drawing
 from flux_quant.planner.gpus import find_gpu
 from flux_quant.planner.memory import Budget
 from flux_quant.planner.steptime import Host

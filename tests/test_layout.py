@@ -34,6 +34,7 @@ LAYERS = (
     {"runtime", "components"},
     {"text"},
     {"placing"},
+    {"generation"},
     {"pipeline"},
     {"calibration"},
     {"console"},

@@ -24,7 +24,7 @@ from flux_quant.loading import load_clip, load_flux, load_t5
 from flux_quant.lora import applied_to, apply_, remove_, set_strength_, shapes_in
 from flux_quant.model import pack_latents
 from flux_quant.modulation import HoistedModulation
-from flux_quant.pipeline import encode, generate
+from flux_quant.generation import encode, generate
 from flux_quant.text.encode import TextOptions
 from lora_checks import random
 

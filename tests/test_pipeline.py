@@ -21,7 +21,7 @@ from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline, load_transformer
 from flux_quant.loading import load_vae
 from flux_quant.naming import vae_to_diffusers
-from flux_quant.pipeline import Request, generate, save_png, starting_noise
+from flux_quant.generation import Request, generate, save_png, starting_noise
 
 PROMPT = "large red apple on a white background"
 

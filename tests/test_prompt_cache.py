@@ -16,7 +16,7 @@ from flux_quant.cli import main
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.converters.lora_records import Lora, Record
 from flux_quant.errors import UserError
-from flux_quant.pipeline import Request, encode
+from flux_quant.generation import Request, encode
 from flux_quant.text import encode as text
 from flux_quant.text import encoders, identity
 from flux_quant.text.encode import TextFeatures, TextOptions

@@ -15,7 +15,7 @@ from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import load_pipeline
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents
-from flux_quant.pipeline import Given, encode, make_drawing
+from flux_quant.generation import Given, encode, make_drawing
 from flux_quant.text.encode import TextFeatures
 
 PROMPT, AWAY = "large red apple on a white background", "octopus"

@@ -29,7 +29,7 @@ from flux_quant.benchmarks.tiny_flux.judge import nearest
 from flux_quant.benchmarks.tiny_flux.masks import bounding_box, box, half, quarter, strip
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing.request import ControlRequest, Request
-from flux_quant.pipeline import generate
+from flux_quant.generation import generate
 
 NET = BUNDLED / "controlnet" / "inpainting-Q8_0.gguf"
 TURBO = BUNDLED / "loras" / "turbo.safetensors"

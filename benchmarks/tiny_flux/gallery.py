@@ -30,7 +30,7 @@ from flux_quant.benchmarks.tiny_flux.evaluate_inpainting import (
 )
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing.request import Request
-from flux_quant.pipeline import generate
+from flux_quant.generation import generate
 
 SEED = 0
 DRAWN, RESTORED, EXCHANGED = 4, 2, 1  # captions; pictures of each kind of part, and of each kind of exchange

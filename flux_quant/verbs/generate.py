@@ -13,7 +13,7 @@ from flux_quant.verbs import options as opt
 if TYPE_CHECKING:
     import torch
 
-    from flux_quant.pipeline import Result
+    from flux_quant.generation import Result
     from flux_quant.runtime import Memory
     from flux_quant.text.encoders import Placement
 
@@ -94,8 +94,8 @@ def generate(
         single_hint,
     )
     from flux_quant.linear import COMPUTES
-    from flux_quant.pipeline import choose_device, previewer
-    from flux_quant.pipeline import generate as make
+    from flux_quant.generation import choose_device, previewer
+    from flux_quant.generation import generate as make
     from flux_quant.text.encode import TextOptions
     from flux_quant.text.prompt_cache import PromptCache
 
@@ -177,7 +177,7 @@ def decode(
     """Make the picture of saved latents: after a failure, on another machine, or with another VAE."""
     from flux_quant import console
     from flux_quant.drawing.request import picture_paths
-    from flux_quant.pipeline import choose_device, decode_file
+    from flux_quant.generation import choose_device, decode_file
 
     check_pictures([output], force)
     use_threads(threads)
