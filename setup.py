@@ -22,6 +22,7 @@ setup(
         "flux_quant",
         "flux_quant.codecs",
         "flux_quant.frontends",
+        "flux_quant.frontends.comfyui",
         "flux_quant.streaming",
         "flux_quant.text",
         "flux_quant.planner",
@@ -40,6 +41,7 @@ setup(
     },
     package_data={
         "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "json", "txt", "model", "md")],
+        "flux_quant.frontends.comfyui": ["workflows/*.json"],
         "flux_quant.benchmarks": ["results/*.json", "results/*/*.json"],
     },
     install_requires=[
