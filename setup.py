@@ -32,6 +32,8 @@ setup(
         "flux_quant.converters",
         "flux_quant.benchmarks",
         "flux_quant.benchmarks.bench",
+        "flux_quant.benchmarks.report",
+        "flux_quant.benchmarks.quality",
         "flux_quant.benchmarks.tiny_flux",
     ],
     package_dir={
@@ -43,6 +45,7 @@ setup(
         "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "json", "txt", "model", "md")],
         "flux_quant.frontends.comfyui": ["workflows/*.json"],
         "flux_quant.benchmarks": ["results/*.json", "results/*/*.json"],
+        "flux_quant.benchmarks.report": ["templates/*"],
     },
     install_requires=[
         "torch>=2.11",
@@ -65,7 +68,8 @@ setup(
         # triton everything runs on the torch path.
         "triton": ["triton>=3.6; platform_system == 'Linux'", "triton-windows>=3.6; platform_system == 'Windows'"],
         "train": ["fonttools>=4.50"],
-        "dev": ["libgguf>=0.2.2", "pytest>=8", "ruff>=0.12"],
+        "report": ["Jinja2>=3.1", "matplotlib>=3.8"],
+        "dev": ["libgguf>=0.2.2", "Jinja2>=3.1", "matplotlib>=3.8", "pytest>=8", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["flux-quant = flux_quant.cli:main"]},
 )

@@ -4,6 +4,7 @@ A caption asks for a size, a place and a colour, or leaves some of them open (No
 and not, at every tilt, with every value of what was left open.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -44,20 +45,32 @@ class Verdict:
     psnr: Tensor  # (n,) dB to the nearest picture of it
 
 
-def nearest(world: EmojiWorld, pictures: Tensor, request: Request) -> Verdict:
-    """pictures (n, 3, 96, 96) in 0-1, all made from captions with the same request."""
-    flat = pictures.permute(0, 2, 3, 1).flatten(1)
-    squares = flat.square().sum(1)
-    best = torch.full((len(flat),), float("inf"))
-    winner = torch.zeros(len(flat), dtype=torch.long)
+Group = tuple[int, Tensor]  # the first emoji, (emoji * mirrored * tilts, 96 * 96 * 3) in 0-1
+
+
+def candidates(world: EmojiWorld, request: Request) -> Iterator[Group]:
+    """All pictures that the request allows, a few emoji at a time."""
     for (size, position), colour in product(request.places(), request.colours()):
         for start in range(0, len(world), CHUNK):
             emoji = range(start, min(start + CHUNK, len(world)))
             scenes = [Scene(e, size, position, colour, m, t) for e in emoji for m in (False, True) for t in TILTS]
-            candidates = torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).flatten(1)
-            distance = squares[:, None] - 2 * flat @ candidates.T + candidates.square().sum(1)
-            value, index = distance.min(dim=1)
-            closer = value < best
-            best = torch.where(closer, value, best)
-            winner = torch.where(closer, start + index // (2 * len(TILTS)), winner)
+            yield start, torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).flatten(1)
+
+
+def nearest(world: EmojiWorld, pictures: Tensor, request: Request, groups: Iterable[Group] | None = None) -> Verdict:
+    """pictures (n, 3, 96, 96) in 0-1, all made from captions with the same request.
+
+    groups: its `candidates`, where they are kept, in any float dtype.
+    """
+    flat = pictures.permute(0, 2, 3, 1).flatten(1)
+    squares = flat.square().sum(1)
+    best = torch.full((len(flat),), float("inf"))
+    winner = torch.zeros(len(flat), dtype=torch.long)
+    for start, group in candidates(world, request) if groups is None else groups:
+        shown = group.float()
+        distance = squares[:, None] - 2 * flat @ shown.T + shown.square().sum(1)
+        value, index = distance.min(dim=1)
+        closer = value < best
+        best = torch.where(closer, value, best)
+        winner = torch.where(closer, start + index // (2 * len(TILTS)), winner)
     return Verdict(winner, -10 * (best.clamp(min=1e-9) / flat.shape[1]).log10())
