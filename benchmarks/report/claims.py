@@ -1,0 +1,79 @@
+"""The lines a report begins with: what ran, in which format and how much memory, how fast, by what account."""
+
+from collections.abc import Iterable, Sequence
+
+from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, PREDICTED, SKIPPED
+from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name, tier_of
+from flux_quant.benchmarks.report.model import Line
+from flux_quant.benchmarks.report.words import NONE, TIERS, listed, marked, number, show, show_what
+
+HEADLINES = ("image", "step", "tiers")  # the first suite that has rows of a status speaks for it
+CARDS = ("card", "gpu")  # names of `what` that say which card a prediction is for
+MOST = 5  # formats of a claim
+
+
+def claims(rows: Sequence[Numbered]) -> list[Line]:
+    """One for each status that is there; one cell each."""
+    found = []
+    for status in (MEASURED, EMULATED, PREDICTED):
+        for suite in HEADLINES:
+            members = [n for n in rows if n.row.status == status and n.source.run.suite == suite]
+            if ours := [n for n in members if n.row.subject == OURS]:
+                found.append(Line((claim(ours, status),), status))
+                break
+    return found or [Line(("No step and no picture was measured, emulated or predicted in these results.",))]
+
+
+def claim(rows: Sequence[Numbered], status: str) -> str:
+    """Of the rows that differ from the first one in format alone."""
+    first = rows[0]
+    case = without_format(first)
+    alike = [n for n in rows if without_format(n) == case and n.source is first.source]
+    best = {n.row.what.get("format"): n for n in reversed(alike)}
+    formats = [format_claim(n, status) for n in reversed(best.values())]
+    more = f" and {len(formats) - MOST} more formats" if len(formats) > MOST else ""
+    head = ", ".join(filter(None, (model_name(first.source.run), show_what(dict(case)))))
+    return f"{head}: {listed(formats[:MOST])}{more}; {basis(first, status)}."
+
+
+def without_format(numbered: Numbered) -> tuple[tuple[str, object], ...]:
+    what = numbered.row.what
+    return tuple((name, tier_of(numbered) if name in TIERS else what[name]) for name in what if name != "format")
+
+
+def format_claim(numbered: Numbered, status: str) -> str:
+    """q4_k_s (4.59 bits per weight) 1.25 s"""
+    row = numbered.row
+    name = str(row.what.get("format") or "as it is")
+    bits = row.values.get("bits_per_weight")
+    name += f" ({number(bits)} bits per weight)" if is_number(bits) else ""
+    if status == EMULATED:
+        fits = row.values.get("fits")
+        return f"{name} {'does not fit' if fits is False else 'fits'}"
+    seconds = row.expected.get("predicted_seconds") if status == PREDICTED else row.seconds()
+    time = marked(show("seconds", seconds), status)
+    return name if time == NONE else f"{name} {time}"
+
+
+def basis(numbered: Numbered, status: str) -> str:
+    """What a claim rests on; the word of its status is always in it."""
+    machine = machine_name(numbered.source.run)
+    if status == EMULATED:
+        return f"emulated on {machine} under a cap on its memory, which says what fits and not how fast"
+    if status == PREDICTED:
+        card = next((str(numbered.row.what[name]) for name in CARDS if numbered.row.what.get(name)), "")
+        return f"predicted{f' for {card}' if card else ''} by the planner, run by nobody"
+    return f"measured on {machine}"
+
+
+def summary(rows: Iterable[Numbered]) -> str:
+    """How many rows rest on what."""
+    everything = list(rows)
+    counts: dict[str, int] = {}
+    for numbered in everything:
+        counts[numbered.row.status] = counts.get(numbered.row.status, 0) + 1
+    skipped = counts.pop(SKIPPED, 0)
+    parts = [f"{count} {status}" for status, count in counts.items()]
+    unstable = sum(bool(numbered.row.unstable()) for numbered in everything)
+    parts += [f"{skipped} that did not run"] if skipped else []
+    return f"{len(everything)} rows: {listed(parts)}; {unstable} unstable." if everything else "There are no rows."

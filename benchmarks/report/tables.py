@@ -1,0 +1,272 @@
+"""From rows to tables. What is the same in all rows of a table stands above it once; everything else is a column.
+
+A column is a function of a row that gives text, so a new name in the results appears without a change here.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from flux_quant.benchmarks.bench.record import MEASURED, OURS, PREDICTED, SKIPPED, Scalar
+from flux_quant.benchmarks.report.inputs import Numbered, Source, machine_name, model_name, tier_of
+from flux_quant.benchmarks.report.model import Column, Line, Table
+from flux_quant.benchmarks.report.words import (
+    BOUND,
+    NONE,
+    TIERS,
+    is_time,
+    label,
+    listed,
+    marked,
+    number,
+    show,
+    show_samples,
+    show_what,
+)
+
+WIDE = 13  # columns: beyond it memory gets a table of its own
+MOST_NOTES = 4  # of unstable rows that are explained under a table
+SOURCE = "source"  # of a row that others reported
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column to be: name, text of a row, whether it holds numbers."""
+
+    name: str
+    text: Callable[[Numbered], str]
+    right: bool = True
+
+
+def names_in(rows: Iterable[Numbered], part: str) -> list[str]:
+    """Keys of a part of the rows, in the order they appear."""
+    return list(dict.fromkeys(name for numbered in rows for name in getattr(numbered.row, part)))
+
+
+def context(numbered: Numbered) -> dict[str, Scalar]:
+    """What identifies a row, beyond its suite."""
+    run = numbered.source.run
+    about = {
+        "suite": run.suite,
+        "model": model_name(run),
+        "machine": machine_name(run),
+        "program": numbered.row.subject,
+    }
+    what = {name: tier_of(numbered) if name in TIERS else value for name, value in numbered.row.what.items()}
+    return about | {name: value for name, value in what.items() if name not in about}
+
+
+def case_fields(rows: Sequence[Numbered]) -> tuple[list[Field], dict[str, Scalar]]:
+    """(columns for what tells the rows apart, what is the same in all of them)."""
+    contexts = {numbered.id: context(numbered) for numbered in rows}
+    fields, same = [], {}
+    for name in dict.fromkeys(name for found in contexts.values() for name in found):
+        found = [show(name, contexts[numbered.id].get(name)) for numbered in rows]
+        if len(set(found)) == 1:
+            same[name] = contexts[rows[0].id].get(name)
+        else:
+            kinds = {type(contexts[numbered.id].get(name)) for numbered in rows}
+            texts = dict(zip(contexts, found, strict=True))
+            fields.append(Field(label(name), lambda n, texts=texts: texts[n.id], right=not kinds & {str, bool}))
+    return fields, same
+
+
+def status_of(numbered: Numbered) -> str:
+    return numbered.row.status + (", unstable" if numbered.row.unstable() else "")
+
+
+def sample_fields(rows: Sequence[Numbered]) -> list[Field]:
+    return [
+        Field(
+            label(name),
+            lambda n, name=name: marked(show_samples(name, n.row.samples.get(name, ())), n.row.status, is_time(name)),
+        )
+        for name in names_in(rows, "samples")
+    ]
+
+
+def expected_fields(rows: Sequence[Numbered]) -> list[Field]:
+    """What was predicted and what physics permits, right of what was measured, and how far that is above it."""
+    fields = []
+    for name in names_in(rows, "expected"):
+        status = BOUND if name.startswith("bound") and is_time(name) else PREDICTED
+        if is_time(name):
+            found = lambda n, name=name, status=status: marked(show(name, n.row.expected.get(name)), status)  # noqa: E731
+        else:
+            found = lambda n, name=name: show(name, n.row.expected.get(name))  # noqa: E731
+        fields.append(Field(label(name), found, right=is_time(name)))
+    if any(times_bound(numbered) != NONE for numbered in rows):
+        fields.append(Field("times bound", times_bound))
+    return fields
+
+
+def times_bound(numbered: Numbered) -> str:
+    seconds, bound = numbered.row.seconds(), numbered.row.expected.get("bound_seconds")
+    if numbered.row.status != MEASURED or not seconds or not isinstance(bound, int | float) or not bound > 0:
+        return NONE
+    return number(seconds / bound)
+
+
+def show_value(numbered: Numbered, name: str) -> str:
+    """With its interval where there is one: 31.2 dB (30.1 dB to 32.0 dB)."""
+    values = numbered.row.values
+    shown = show(name, values.get(name))
+    if shown != NONE and (low := values.get(f"{name}_low")) is not None:
+        shown += f" ({show(name, low)} to {show(name, values.get(f'{name}_high'))})"
+    return shown if name == SOURCE else marked(shown, numbered.row.status, is_time(name))
+
+
+def value_fields(rows: Sequence[Numbered]) -> list[Field]:
+    fields, names = [], names_in(rows, "values")
+    intervals = {f"{name}_{side}" for name in names for side in ("low", "high") if f"{name}_low" in names}
+    for name in names:
+        if name in intervals:
+            continue
+        kinds = {type(numbered.row.values[name]) for numbered in rows if name in numbered.row.values}
+        fields.append(Field(label(name), lambda n, name=name: show_value(n, name), right=not kinds & {str, bool}))
+    return fields
+
+
+def memory_fields(rows: Sequence[Numbered]) -> list[Field]:
+    return [
+        Field(
+            f"peak {label(name)}",
+            lambda n, name=name: marked(show("bytes", n.row.memory.get(name)), n.row.status, time=False),
+        )
+        for name in names_in(rows, "memory")
+    ]
+
+
+def ratio_field(rows: Sequence[Numbered], ours: dict[tuple[int, str], float]) -> list[Field]:
+    """Time over ours for the same case in the same run; nothing where all rows are ours."""
+    if all(numbered.row.subject == OURS for numbered in rows):
+        return []
+
+    def text(numbered: Numbered) -> str:
+        seconds, base = numbered.row.seconds(), ours.get((id(numbered.source), case_key(numbered)))
+        if numbered.row.status != MEASURED or not seconds or not base:
+            return NONE
+        return f"{number(seconds / base)} x"
+
+    return [Field("time over ours", text)]
+
+
+def case_key(numbered: Numbered) -> str:
+    return repr(sorted(numbered.row.what.items()))
+
+
+def our_times(rows: Iterable[Numbered]) -> dict[tuple[int, str], float]:
+    """(source, case) -> median seconds of ours, measured."""
+    return {
+        (id(numbered.source), case_key(numbered)): seconds
+        for numbered in rows
+        if numbered.row.subject == OURS and numbered.row.status == MEASURED and (seconds := numbered.row.seconds())
+    }
+
+
+def build(title: str, rows: Sequence[Numbered], above: Iterable[str] = ()) -> list[Table]:
+    """One table of rows that were not skipped, or two where memory would make it too wide; none without rows."""
+    rows = [numbered for numbered in rows if numbered.row.status != SKIPPED]
+    if not rows:
+        return []
+    cases, same = case_fields(rows)
+    head = [Field("row", lambda n: n.id, right=False), *cases, Field("how", status_of, right=False)]
+    figures = [*sample_fields(rows), *expected_fields(rows), *ratio_field(rows, our_times(rows)), *value_fields(rows)]
+    memory = memory_fields(rows)
+    remarks = [Field("remark", lambda n: n.row.note or NONE, right=False)] if any(n.row.note for n in rows) else []
+    notes = [*above, *all_rows(same), *unstable_notes(rows)]
+    fields = [*head, *figures, *memory, *remarks]
+    if len(fields) <= WIDE or not memory or not figures:
+        return [assemble(title, rows, fields, notes)]
+    with_memory = [numbered for numbered in rows if numbered.row.memory]
+    return [
+        assemble(title, rows, [*head, *figures, *remarks], notes),
+        assemble(f"{title}: memory", with_memory, [*head, *memory], (), anchors=False),
+    ]
+
+
+def assemble(
+    title: str, rows: Sequence[Numbered], fields: Sequence[Field], notes: Iterable[str], anchors: bool = True
+) -> Table:
+    """Columns that are empty in every row are left out."""
+    texts = [[field.text(numbered) for numbered in rows] for field in fields]
+    kept = [i for i, column in enumerate(texts) if set(column) != {NONE}]
+    lines = tuple(
+        Line(
+            tuple(texts[i][j] for i in kept),
+            numbered.row.status,
+            numbered.id if anchors else "",
+            bool(numbered.row.unstable()),
+        )
+        for j, numbered in enumerate(rows)
+    )
+    return Table(title, tuple(Column(fields[i].name, fields[i].right) for i in kept), lines, tuple(notes))
+
+
+def all_rows(same: dict[str, Scalar]) -> list[str]:
+    """Of what is the same in all rows, what a reader would miss; that it is ours goes without saying."""
+    told = {name: value for name, value in same.items() if name != "suite" and value not in (None, "", OURS)}
+    return [f"In all rows: {show_what(told)}."] if told else []
+
+
+def unstable_notes(rows: Iterable[Numbered]) -> list[str]:
+    notes = [f"{numbered.id} is unstable, {'; '.join(why)}." for numbered in rows if (why := numbered.row.unstable())]
+    more = len(notes) - MOST_NOTES
+    return [*notes[:MOST_NOTES], *([f"{more} more rows are unstable."] if more > 0 else [])]
+
+
+def skipped_table(rows: Sequence[Numbered]) -> Table | None:
+    """What did not run, and why: kept, since it is a result."""
+    skipped = [numbered for numbered in rows if numbered.row.status == SKIPPED]
+    if not skipped:
+        return None
+    fields = [
+        Field("row", lambda n: n.id, right=False),
+        Field("program", lambda n: n.row.subject, right=False),
+        Field("case", lambda n: show_what(n.row.what) or NONE, right=False),
+        Field("why", lambda n: n.row.note or "no reason given", right=False),
+    ]
+    return assemble("", skipped, fields, ())
+
+
+def rerun_tables(rows: Sequence[Numbered]) -> list[Table]:
+    """Which command measures which rows again; neighbours with one command share a line."""
+    lines = []
+    with_commands = [numbered for numbered in rows if numbered.row.rerun]
+    for (_, command), found in groupby(with_commands, key=lambda n: (n.source.run.suite, n.row.rerun)):
+        ids = [numbered.id for numbered in found]
+        lines.append(Line((ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1].rpartition('-')[2]}", command)))
+    columns = (Column("rows", right=False), Column("command", right=False, code=True))
+    return [Table("", columns, tuple(lines))] if lines else []
+
+
+def runs_table(sources: Sequence[Source]) -> Table:
+    """Where everything comes from."""
+    lines = tuple(
+        Line(
+            (run.suite, machine_name(run), model_name(run), run.date[:10], str(len(run.rows)), source.name, run.command)
+        )
+        for source in sources
+        for run in (source.run,)
+    )
+    names = ("suite", "machine", "model", "date", "rows", "file", "command")
+    return Table("", tuple(Column(name, name == "rows", name == "command") for name in names), lines)
+
+
+def facts_table(title: str, facts: dict[str, object]) -> Table | None:
+    """A fingerprint or limits, nested ones by the names of both."""
+    lines = tuple(Line((name, value)) for name, value in flat(facts))
+    return Table(title, (Column("what", right=False), Column("value", right=False)), lines) if lines else None
+
+
+def flat(facts: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, value in facts.items():
+        words = f"{prefix} {label(str(name))}".strip()
+        if isinstance(value, dict):
+            found += flat(value, words)
+        elif isinstance(value, list | tuple):
+            found.append((words, listed([show(str(name), part) for part in value]) or NONE))
+        else:
+            found.append((words, show(str(name), value)))
+    return found
