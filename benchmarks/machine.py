@@ -16,31 +16,63 @@ from flux_quant.benchmarks.bench.record import slug
 RESULTS = Path(__file__).parent / "results"
 
 
+PACKAGES = ("triton", "numpy", "numba", "gguf", "safetensors", "diffusers", "transformers", "accelerate")
+VARIABLES = ("FLUX_QUANT_", "OMP_", "MKL_", "NUMBA_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_")  # beginnings of names
+INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
 def fingerprint() -> dict[str, object]:
-    """The device, the processor and the versions that decide about speed and results."""
+    """The device, the processor, the versions and settings that decide about speed and results."""
+    commit = output_of("git", "describe", "--always", "--dirty")
     out: dict[str, object] = {
         "device": device_name(),
         "processor": processor_name(),
         "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "instructions": instructions(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "ram_gb": ram_gb(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": package_version("triton"),
+        **{name: package_version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
-        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "commit": commit,
+        "dirty": commit.endswith("-dirty") if commit else None,
         "date": now(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        free, _ = torch.cuda.mem_get_info(0)
         out |= {
             "cuda": torch.version.cuda,
             "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "capability": f"{properties.major}.{properties.minor}",
             "vram_gb": round(properties.total_memory / 1e9, 1),
+            "vram_free_gb": round(free / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
+            "attention": attention_backends(),
         }
     return out
+
+
+def instructions(text: str | None = None) -> list[str]:
+    """Of the processor, as /proc/cpuinfo has them: those that our loops and torch's products care about."""
+    try:
+        text = Path("/proc/cpuinfo").read_text() if text is None else text
+    except OSError:
+        return []
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return [name for name in INSTRUCTIONS if name in flags]
+
+
+def attention_backends() -> list[str]:
+    """Of torch's scaled_dot_product_attention, those that are switched on."""
+    names = {"flash": "flash_sdp", "efficient": "mem_efficient_sdp", "math": "math_sdp", "cudnn": "cudnn_sdp"}
+    switches = {name: getattr(torch.backends.cuda, f"{switch}_enabled", None) for name, switch in names.items()}
+    return [name for name, enabled in switches.items() if enabled and enabled()]
 
 
 def write_result(

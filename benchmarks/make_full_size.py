@@ -21,9 +21,11 @@ from flux_quant.converters.writer import create_checkpoint
 from flux_quant.model import Flux
 
 
-def infos(fraction: float) -> list[TensorInfo]:
+def infos(fraction: float, guidance: bool = True) -> list[TensorInfo]:
+    """guidance: FLUX.1 [dev] has it, [schnell] does not."""
+    blocks = (max(1, round(count * fraction)) for count in (DOUBLE, SINGLE))
     config = FluxConfig(
-        **DEV, double_blocks=max(1, round(DOUBLE * fraction)), single_blocks=max(1, round(SINGLE * fraction))
+        **DEV | {"guidance": guidance}, **dict(zip(("double_blocks", "single_blocks"), blocks, strict=True))
     )
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in Flux(config).state_dict().items()}

@@ -14,10 +14,12 @@ from typing import Annotated
 import typer
 
 from flux_quant.errors import UserError
+from flux_quant.verbs import bench as cli_bench
 from flux_quant.verbs import generate as cli_generate
 from flux_quant.verbs import inpaint as cli_inpaint
 from flux_quant.verbs import lora as cli_lora
 from flux_quant.verbs import options as opt
+from flux_quant.verbs import report as cli_report
 from flux_quant.verbs import runtime as cli_runtime
 from flux_quant.verbs.generate import use_threads
 
@@ -252,6 +254,8 @@ cli_generate.register(app)
 cli_inpaint.register(app)
 cli_runtime.register(app)
 cli_lora.register(app)
+cli_report.register(app)
+cli_bench.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -79,9 +79,13 @@ def assert_sound(made: Plan) -> int:
 
 @pytest.mark.parametrize("card", GPUS)
 def test_every_card(card):
-    """Both variants, five formats, three sizes: within the budget, no slower than the neighbours."""
+    """Both variants, five formats, three sizes: within the budget, no slower than the neighbours; 4 GB hold most."""
     compared = streamed = 0
     for variant, name, size in product(VARIANTS, FORMATS, SIZES):
+        if (name, GPUS[card].vram) == ("bf16", 4) and size == max(SIZES):
+            with pytest.raises(UserError, match="is below the"):
+                planned(variant, name, card, size)
+            continue
         made = planned(variant, name, card, size)
         compared += assert_sound(made)
         streamed += bool(made.stream.streamed)

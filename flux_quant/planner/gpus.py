@@ -117,6 +117,7 @@ MEASURED_H200 = "cuBLAS was measured at 790 TFLOP/s, memory at 4.3 TB/s"
 GPUS: dict[str, Gpu] = {
     gpu.slug: gpu
     for gpu in (
+        Gpu("GTX 1050 Ti", 4, (6, 1), 2.1, 112, (3, 16), 8.5, note="no tensor cores: float32, torch's own kernels"),
         Gpu("GTX 1070", 8, (6, 1), 6.5, 256, (3, 16), 25.8, note="no tensor cores: float32, torch's own kernels"),
         Gpu("RTX 2060", 6, (7, 5), 25.8, 336, (3, 16), 103, note="no bfloat16"),
         Gpu("RTX 3050", 8, (8, 6), 18.2, 224, (4, 8), 73),

@@ -1,0 +1,91 @@
+"""One call of `flux-quant bench`: the machine is told and measured once, then each suite writes its file."""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from flux_quant.benchmarks.bench import limits, models
+from flux_quant.benchmarks.bench.record import Run, read_run, slug
+from flux_quant.benchmarks.bench.runner import Runner, Watcher
+from flux_quant.benchmarks.bench.suite import Asked, Suite
+from flux_quant.benchmarks.machine import fingerprint, now, result_path
+from flux_quant.errors import UserError
+
+HOME = "flux_quant.benchmarks"
+SUITES = {  # name -> module with SUITE; in the order in which all of them run
+    "tiers": f"{HOME}.bench.tiers",
+    "kernels": f"{HOME}.bench.kernels",
+    "step": f"{HOME}.bench.step",
+    "image": f"{HOME}.bench.image",
+    "convert": f"{HOME}.bench.convert",
+    "text": f"{HOME}.bench.text",
+    "quality": f"{HOME}.quality",
+    "peers": f"{HOME}.peers",
+}
+
+
+def suite_named(name: str) -> Suite:
+    if name not in SUITES:
+        raise UserError(f"suite {name}: there is none of that name; choose from {', '.join(SUITES)}")
+    return import_module(SUITES[name]).SUITE
+
+
+@dataclass
+class Session:
+    """folder: of results; seconds: that everything may take; note: what has to be known of this run."""
+
+    asked: Asked
+    folder: Path
+    seconds: float
+    resume: bool = False
+    note: str = ""
+    watcher: Watcher = field(default_factory=Watcher)
+
+    def run(self, suites: Sequence[Suite]) -> Iterable[tuple[Run, Path]]:
+        """What each suite found, and its file. A suite may take its share of the time that is left."""
+        until = time.monotonic() + self.seconds
+        device = torch.device(self.asked.device)
+        machine = fingerprint() | limits.under_load(device) | ({"note": self.note} if self.note else {})
+        weights = models.weights_of(self.asked)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        can = limits.measure(device, self.folder, self.asked.quick)
+        for number, suite in enumerate(suites):
+            share = (until - time.monotonic()) / (len(suites) - number)
+            run, path = self.begun(suite.name, machine, weights, can)
+            asked = replace(self.asked, limits=can, seconds=share)
+            runner = Runner(run, path, asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
+            runner.watcher = self.watcher
+            runner.measure(list(suite.cases(asked)))
+            yield run, path
+
+    def begun(self, suite: str, machine: dict, weights: dict, can: dict) -> tuple[Run, Path]:
+        """A new run, with the rows of an earlier one of the day that it resumes."""
+        path = self.path(suite, str(machine["date"])[:10], weights)
+        run = Run(suite, " ".join(["flux-quant", *sys.argv[1:]]), now(), weights, machine, can)
+        if self.resume and path.exists():
+            earlier = read_run(path)
+            if same(earlier, run):
+                run.rows = earlier.rows
+        return run, path
+
+    def path(self, suite: str, date: str, weights: dict) -> Path:
+        """Of one suite there is a file a day for each kind of weights, and one for a quick look."""
+        kind = {"shipped": "", "random": "-random"}.get(weights["kind"], f"-{slug(Path(weights['name']).stem)}")
+        return result_path(f"{suite}{kind}{'-quick' if self.asked.quick else ''}", self.folder, date)
+
+    def base(self, suite: str) -> str:
+        asked = self.asked
+        weights = ["--random"] if asked.random else ["--model", str(asked.model)] if asked.model else []
+        return " ".join(["flux-quant bench", suite, *weights, *(["--quick"] if asked.quick else [])])
+
+
+def same(earlier: Run, run: Run) -> bool:
+    """Whether rows of both may stand beside each other: machine, commit, weights, threads."""
+    return earlier.weights == run.weights and all(
+        earlier.machine.get(name) == run.machine.get(name) for name in ("device", "commit", "torch", "threads")
+    )
