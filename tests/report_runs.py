@@ -48,29 +48,30 @@ def step_rows(shift: float = 1.0) -> list[Row]:
 
 
 def tier_rows() -> list[Row]:
+    """As the suite has them: one format of a card, and what others report."""
     rows = [
         Row(
-            {"card": card, "format": form, "vram": vram * GB, "setting": "1024 schnell", "steps": 4},
-            values={"fits": form != "bf16", "bits_per_weight": bits},
-            expected={"predicted_seconds": 40 / vram, "bound_seconds": 30 / vram, "bound_by": "compute"},
+            {"tier": f"{vram} GB", "card": card, "setting": setting, "format": "q4_k_s" if vram < 12 else "q8_0"},
+            values={"fits": vram > 4, "picture_seconds": 200 / vram, "bytes_moved": 5 * GB, "stall_seconds": 0.5},
+            memory={"device": vram * GB},
+            expected={"predicted_seconds": 40 * scale / vram, "bound_seconds": 30 / vram, "bound_by": "compute"},
             status=PREDICTED,
+            rerun=f"flux-quant plan flux1-dev --gpu {card}",
         )
-        for card, vram in (("RTX 3060", 12), ("RTX 4060", 8))
-        for form, (bits, _) in FORMATS.items()
+        for setting, scale in (("512x512, schnell, 4 steps", 1), ("1024x1024, dev, 20 steps", 3))
+        for card, vram in (("GTX 1050 Ti", 4), ("RTX 4060", 8), ("RTX 3060", 12))
     ]
-    others = Row(
-        {"card": "RTX 3060", "vram": 12 * GB, "setting": "1024 dev"},
-        "another program 1.0",
-        values={"step_seconds": 4.2, "source": "https://example.org/thread/1"},
-        status=REPORTED,
-    )
-    return [*rows, others]
+    cpu = Row({"tier": "CPU only", "card": "any processor", "setting": "512x512, schnell, 4 steps"}, status=PREDICTED)
+    cpu.expected = {"bound_seconds": 90.0, "bound_by": "compute"}
+    what = {"tier": "12 GB", "card": "RTX 3060", "setting": "step", "size": "1024x1024", "format": "NF4"}
+    values = {"step_seconds": 4.2, "step_seconds_most": 5.1, "source": "https://example.org/thread/1"}
+    return [*rows, cpu, Row(what, "another program 1.0", values=values, status=REPORTED, note="as its author says")]
 
 
 def quality_rows() -> list[Row]:
     return [
         Row(
-            {"format": form, "part": "pictures"},
+            {"part": "format", "format": form, "compute": "16-bit", "model": "shipped"},
             values={
                 "bits_per_weight": bits,
                 "psnr_db": bits * 4,

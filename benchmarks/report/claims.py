@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, PREDICTED, SKIPPED
 from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name, tier_of
 from flux_quant.benchmarks.report.model import Line
-from flux_quant.benchmarks.report.words import NONE, TIERS, listed, marked, number, show, show_what
+from flux_quant.benchmarks.report.tables import CARD, of_a_card
+from flux_quant.benchmarks.report.words import NONE, TIERS, listed, marked, number, show, show_what, unstable
 
 HEADLINES = ("image", "step", "tiers")  # the first suite that has rows of a status speaks for it
-CARDS = ("card", "gpu")  # names of `what` that say which card a prediction is for
 MOST = 5  # formats of a claim
 
 
@@ -25,20 +25,29 @@ def claims(rows: Sequence[Numbered]) -> list[Line]:
 
 
 def claim(rows: Sequence[Numbered], status: str) -> str:
-    """Of the rows that differ from the first one in format alone."""
-    first = rows[0]
+    """Of the first row, and of those that differ from it in format alone; of cards, those of the hardest setting."""
+    first = max(rows, key=predicted_seconds) if of_a_card(rows[0].row) else rows[0]
     case = without_format(first)
     alike = [n for n in rows if without_format(n) == case and n.source is first.source]
+    if of_a_card(first.row):
+        places = [f"{tier_of(n)} ({n.row.what[CARD]}) {format_claim(n, status)}" for n in alike if predicted_seconds(n)]
+        return f"FLUX.1, {show_what(dict(case))}: {listed(places)} a step; {basis(first, status)}."
     best = {n.row.what.get("format"): n for n in reversed(alike)}
     formats = [format_claim(n, status) for n in reversed(best.values())]
-    more = f" and {len(formats) - MOST} more formats" if len(formats) > MOST else ""
+    formats = [*formats[:MOST], *([f"{len(formats) - MOST} more formats"] if len(formats) > MOST else [])]
     head = ", ".join(filter(None, (model_name(first.source.run), show_what(dict(case)))))
-    return f"{head}: {listed(formats[:MOST])}{more}; {basis(first, status)}."
+    return f"{head}: {listed(formats)}; {basis(first, status)}."
+
+
+def predicted_seconds(numbered: Numbered) -> float:
+    found = numbered.row.expected.get("predicted_seconds")
+    return found if is_number(found) else 0.0
 
 
 def without_format(numbered: Numbered) -> tuple[tuple[str, object], ...]:
     what = numbered.row.what
-    return tuple((name, tier_of(numbered) if name in TIERS else what[name]) for name in what if name != "format")
+    left_out = ("format", *((CARD, *TIERS) if of_a_card(numbered.row) else ()))
+    return tuple((name, tier_of(numbered) if name in TIERS else what[name]) for name in what if name not in left_out)
 
 
 def format_claim(numbered: Numbered, status: str) -> str:
@@ -61,8 +70,7 @@ def basis(numbered: Numbered, status: str) -> str:
     if status == EMULATED:
         return f"emulated on {machine} under a cap on its memory, which says what fits and not how fast"
     if status == PREDICTED:
-        card = next((str(numbered.row.what[name]) for name in CARDS if numbered.row.what.get(name)), "")
-        return f"predicted{f' for {card}' if card else ''} by the planner, run by nobody"
+        return "predicted by the planner, not run"
     return f"measured on {machine}"
 
 
@@ -74,6 +82,6 @@ def summary(rows: Iterable[Numbered]) -> str:
         counts[numbered.row.status] = counts.get(numbered.row.status, 0) + 1
     skipped = counts.pop(SKIPPED, 0)
     parts = [f"{count} {status}" for status, count in counts.items()]
-    unstable = sum(bool(numbered.row.unstable()) for numbered in everything)
+    shaky = sum(bool(unstable(numbered.row)) for numbered in everything)
     parts += [f"{skipped} that did not run"] if skipped else []
-    return f"{len(everything)} rows: {listed(parts)}; {unstable} unstable." if everything else "There are no rows."
+    return f"{len(everything)} rows: {listed(parts)}; {shaky} unstable." if everything else "There are no rows."

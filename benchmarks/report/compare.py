@@ -21,7 +21,16 @@ from flux_quant.benchmarks.report.inputs import (
 )
 from flux_quant.benchmarks.report.model import Column, Line, Report, Section, Table
 from flux_quant.benchmarks.report.tables import context, flat
-from flux_quant.benchmarks.report.words import higher_is_better, is_time, label, listed, marked, show, show_what
+from flux_quant.benchmarks.report.words import (
+    higher_is_better,
+    is_time,
+    label,
+    listed,
+    marked,
+    show,
+    show_what,
+    unstable,
+)
 from flux_quant.errors import UserError
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
@@ -124,7 +133,7 @@ def by_key(found: Found, across_machines: bool) -> dict[tuple[str, ...], Numbere
 def changes_of(a: Numbered, b: Numbered) -> Iterator[Change]:
     if SKIPPED in (a.row.status, b.row.status):
         return
-    for name in a.row.samples:
+    for name in filter(is_time, a.row.samples):
         medians = a.row.seconds(name), b.row.seconds(name)
         if a.row.status == b.row.status and medians[0] and medians[1] is not None:
             yield Change(a, b, name, medians, *ratio(a.row.samples[name], b.row.samples[name]))
@@ -149,7 +158,7 @@ def changes_tables(changes: Sequence[Change]) -> tuple[Table, ...]:
                 f"{len(change.a.row.samples[change.name])} and {len(change.b.row.samples[change.name])}",
             ),
             change.b.row.status,
-            unstable=bool(change.a.row.unstable() or change.b.row.unstable()),
+            unstable=bool(unstable(change.a.row) or unstable(change.b.row)),
         )
         for change in ordered
     )

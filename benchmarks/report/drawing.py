@@ -11,7 +11,7 @@ from dataclasses import astuple
 from html import escape
 from typing import TYPE_CHECKING
 
-from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, PREDICTED, REPORTED
+from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, PREDICTED
 from flux_quant.benchmarks.report.model import Plot
 from flux_quant.benchmarks.report.words import BOUND
 from flux_quant.errors import UserError
@@ -36,10 +36,9 @@ LINES = {  # kind -> how its points and the lines between them look
     MEASURED: dict(marker="o", linestyle="-"),
     EMULATED: dict(marker="o", linestyle="--", markerfacecolor="none"),
     PREDICTED: dict(marker="x", linestyle=":"),
-    REPORTED: dict(marker="s", linestyle="none", markerfacecolor="none"),
     BOUND: dict(marker="_", linestyle="-", linewidth=0.8, alpha=0.7),
 }
-HATCHES = {EMULATED: "///", PREDICTED: "...", REPORTED: "xxx"}
+HATCHES = {EMULATED: "///", PREDICTED: "..."}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -167,9 +166,13 @@ def legend(axes: "Axes", plot: Plot) -> None:
     from matplotlib.lines import Line2D
 
     names = list(dict.fromkeys(one.name for one in plot.series))
+    names = names if len(names) > 1 else []
     kinds = [kind for kind in LINES if any(one.kind == kind for one in plot.series)]
     handles = [Line2D([], [], color=colour_of(name, plot), linewidth=4, label=plain(name)) for name in names]
-    handles += [Line2D([], [], color=INK, label=kind, **look(kind, plot)) for kind in kinds]
+    handles += [
+        Line2D([], [], color=colour_of(plot.series[0].name, plot) if not names else INK, label=kind, **look(kind, plot))
+        for kind in kinds
+    ]
     axes.figure.legend(handles=handles, loc="outside lower left", ncols=3, columnspacing=1.2, handlelength=1.6)
 
 

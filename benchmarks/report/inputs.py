@@ -139,7 +139,7 @@ def machine_name(run: Run) -> str:
 
 def model_name(run: Run) -> str:
     name, kind = run.weights.get("name"), run.weights.get("kind")
-    return str(name or kind or "unnamed weights") + (" (random weights)" if kind == "random" and name else "")
+    return "shipped model" if kind == "shipped" else str(name or kind or "unnamed weights")
 
 
 def tier_of(numbered: Numbered) -> str:

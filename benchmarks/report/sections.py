@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flux_quant.benchmarks.bench.record import REPORTED, SKIPPED, Row
+from flux_quant.benchmarks.bench.record import PREDICTED, REPORTED, SKIPPED, Row
 from flux_quant.benchmarks.report import tables
 from flux_quant.benchmarks.report.claims import claims, summary
 from flux_quant.benchmarks.report.inputs import Found, Numbered, Source, latest, machine_name, number_rows, tier_of
@@ -19,14 +19,25 @@ SUITES = {  # suite -> heading, what has to be known to read its tables; in the 
     "convert": ("Conversion", ""),
     "quality": (
         "Quality",
-        "Against the same model in BF16 from the same noise. A floor is what BF16 differs by from itself under another "
-        "attention backend: no difference below it means anything. Figures of weights are not quality of pictures.",
+        "Against the same model in BF16 from the same noise. A floor is the most that BF16 differs from itself when "
+        "its sums are made in another order: below it nothing can be told apart. Figures of weights are not quality "
+        "of pictures.",
     ),
     PEERS: ("Other programs side by side", "Times over ours are of the same case in the same run."),
     "kernels": ("Kernels", ""),
     "text": ("Text encoders", ""),
 }
-SPLITTERS = ("part", "kind", "operation", "stage", "measure", "what")  # names of a case: a table for each value
+SPLITTERS = ("part", "work", "kind", "operation", "stage", "measure", "what")  # names of a case: a table for each value
+KINDS = {  # (name, value) -> heading
+    ("part", "format"): "Formats",
+    ("part", "floor"): "Floors: BF16 again, with its sums in another order",
+    ("part", "block"): "Sensitivity: one block packed, all others as they are",
+    ("work", "step"): "One step of the transformer",
+    ("work", "convert"): "Conversion to GGUF",
+    ("work", "linear"): "Linear layers",
+    ("work", "offload"): "Less memory than the model needs",
+}
+ORIGINS = {PREDICTED: "predicted, not run", REPORTED: "as others report it"}  # of rows about a card
 READING = (
     "Measured figures are plain. (In brackets): emulated, on a larger card under a cap; that says what fits, and its "
     "times are not those of a smaller card. ≈: predicted by the planner. “In quotes”: reported by others. ≥: a "
@@ -76,7 +87,7 @@ def tier_sections(rows: Sequence[Numbered]) -> list[Section]:
             tiers.setdefault(tier_of(numbered), []).append(numbered)
     found = []
     for tier in sorted(tiers, key=size_of):
-        for title, members in kinds(tiers[tier]):
+        for title, members in kinds(tiers[tier], told=False):
             name = tier if tier == "CPU only" else f"{tier} of VRAM"
             found += tables.build(f"{name}: {title}" if title else name, members)
     return [Section("By memory", tables=tuple(found))]
@@ -116,18 +127,23 @@ def all_tables(rows: Sequence[Numbered]) -> list[Table]:
     return found
 
 
-def kinds(rows: Sequence[Numbered]) -> list[tuple[str, list[Numbered]]]:
-    """(title, rows) of what belongs in one table: the same kind of case; what others reported apart from the rest."""
-    groups: dict[tuple[str, str, bool], list[Numbered]] = {}
+def kinds(rows: Sequence[Numbered], told: bool = True) -> list[tuple[str, list[Numbered]]]:
+    """(title, rows) of what belongs in one table: one suite, one kind of case, and what was not run here apart from the
+    rest. `told`: the reader knows which suite it is."""
+    groups: dict[tuple[str, ...], list[Numbered]] = {}
     for numbered in rows:
-        groups.setdefault(kind_of(numbered.row), []).append(numbered)
-    others = "as others report it"
-    return [(", ".join(filter(None, (title, others * alien))), found) for (title, _, alien), found in groups.items()]
+        suite = numbered.source.run.suite
+        title = SUITES.get(suite, (suite, ""))[0].lower()
+        origin = ORIGINS.get(numbered.row.status, "") if tables.of_a_card(numbered.row) else ""
+        head = "" if told or origin else title
+        groups.setdefault((suite, head, kind_of(numbered.row), origin), []).append(numbered)
+    return [(", ".join(filter(None, key[1:])), found) for key, found in groups.items()]
 
 
-def kind_of(row: Row) -> tuple[str, str, bool]:
-    splitter = next((name for name in SPLITTERS if isinstance(row.what.get(name), str)), "")
-    return str(row.what.get(splitter, "")).replace("_", " "), splitter, row.status == REPORTED
+def kind_of(row: Row) -> str:
+    name = next((name for name in SPLITTERS if isinstance(row.what.get(name), str)), "")
+    value = str(row.what.get(name, ""))
+    return KINDS.get((name, value), value.replace("_", " "))
 
 
 def skipped_section(rows: Sequence[Numbered]) -> Section:

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, PREDICTED, REPORTED, SKIPPED
+from flux_quant.benchmarks.bench.record import OURS, PREDICTED, REPORTED, SKIPPED
 from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name
 from flux_quant.benchmarks.report.model import Plot, Series
+from flux_quant.benchmarks.report.tables import of_a_card
 from flux_quant.benchmarks.report.words import BOUND, TIERS, budget, show_what
 
 MOST = 6  # plots of one spec; the tables hold the rest
-STATUSES = (MEASURED, EMULATED, PREDICTED, REPORTED)
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,18 @@ class Spec:
     shape: str = "lines"
     scale: tuple[float, float] = (1.0, 1.0)
     over: tuple[str, ...] = ("format", "vram", "tier")
+    named: tuple[str, ...] = ("format", "compute", "activations")  # of `what`: what a series is called by
+    only: tuple[str, str] = ("", "")  # a name of `what` and its value
     least: int = 2  # points, below which there is nothing to see
 
 
 GB = 1e-9
+USUAL = ("16-bit", "float32")  # ways of computing that need no mention
 SPECS = (
     Spec(
         "step-time",
         "Time of a step against VRAM",
-        ("step", "tiers"),
+        ("step",),
         ("vram", "tier"),
         ("seconds", "step_seconds"),
         ("VRAM, GB", "seconds per step"),
@@ -50,11 +53,26 @@ SPECS = (
         scale=(GB, 1.0),
     ),
     Spec(
+        "tiers",
+        "Predicted time of a step by card",
+        ("tiers",),
+        ("tier",),
+        (),
+        ("VRAM of the card, GB", "seconds per step"),
+        "Each place is a card of that memory, in the format that the table of its tier names. The thin line is the "
+        "physical bound of these cards.",
+        bound="bound_seconds",
+        predicted="predicted_seconds",
+        scale=(GB, 1.0),
+        over=("tier", "card", "format"),
+        named=(),
+    ),
+    Spec(
         "bytes-moved",
         "Bytes moved in a step",
-        ("step", "tiers"),
+        ("step",),
         ("vram", "tier"),
-        ("bytes_moved", "moved_bytes", "streamed_bytes", "bytes_per_step"),
+        ("bytes_moved", "moved_bytes"),
         ("VRAM, GB", "GB per step"),
         "From host memory to the card.",
         scale=(GB, GB),
@@ -62,9 +80,9 @@ SPECS = (
     Spec(
         "stall",
         "Waiting for bytes in a step",
-        ("step", "tiers"),
+        ("step",),
         ("vram", "tier"),
-        ("stall_seconds", "stalled_seconds", "stall"),
+        ("stall_seconds",),
         ("VRAM, GB", "seconds stalled per step"),
         "How long the card had nothing to compute because a block had not arrived.",
         scale=(GB, 1.0),
@@ -74,11 +92,25 @@ SPECS = (
         "Quality against size",
         ("quality",),
         ("bits_per_weight",),
-        ("psnr_db", "psnr_mean_db", "image_psnr_db", "weight_snr_db"),
-        ("bits per weight", "dB"),
-        "Each point is a format; higher and further left is better.",
+        ("psnr_db",),
+        ("bits per weight", "PSNR of pictures, dB"),
+        "Pictures against those of the reference from the same noise. Each point is a format; higher and further left "
+        "is better.",
         shape="points",
-        over=("format", "bits_per_weight"),
+        over=("format", "compute", "activations"),
+        only=("part", "format"),
+    ),
+    Spec(
+        "size-weights",
+        "Error of weights against size",
+        ("quality",),
+        ("bits_per_weight",),
+        ("weight_snr_db",),
+        ("bits per weight", "SNR of weights, dB"),
+        "No quality of pictures. Each point is a format; higher and further left is better.",
+        shape="points",
+        over=("format", "compute", "activations"),
+        only=("part", "format"),
     ),
     Spec(
         "conversion",
@@ -115,7 +147,7 @@ def plots_of(spec: Spec, rows: Sequence[Numbered]) -> list[Plot]:
     """One plot for each machine, model and case of what is not on its axes."""
     groups: dict[tuple[str, ...], list[Numbered]] = {}
     for numbered in rows:
-        if numbered.row.status != SKIPPED and numbered.source.run.suite in spec.suites:
+        if shown(spec, numbered):
             groups.setdefault(place(spec, numbered), []).append(numbered)
     found = []
     for named, members in groups.items():
@@ -129,17 +161,28 @@ def plots_of(spec: Spec, rows: Sequence[Numbered]) -> list[Plot]:
     return [replace(plot, slug=f"{spec.slug}-{i + 1}") for i, plot in enumerate(found[:MOST])]
 
 
+def shown(spec: Spec, numbered: Numbered) -> bool:
+    row, (name, value) = numbered.row, spec.only
+    alike = not name or row.what.get(name) == value
+    return row.status not in (SKIPPED, REPORTED) and numbered.source.run.suite in spec.suites and alike
+
+
 def place(spec: Spec, numbered: Numbered) -> tuple[str, ...]:
     what = numbered.row.what
     rest = tuple(
         show_what({name: value}) for name, value in what.items() if name not in spec.over and value not in (None, "")
     )
+    if of_a_card(numbered.row):
+        return rest
     return (model_name(numbered.source.run), *rest, machine_name(numbered.source.run))
 
 
-def series_name(numbered: Numbered) -> str:
-    form = str(numbered.row.what.get("format", "")) or numbered.source.run.suite
-    return form if numbered.row.subject == OURS else f"{form}, {numbered.row.subject}"
+def series_name(spec: Spec, numbered: Numbered) -> str:
+    """q4_k_s, or with what else is not as usual: q4_k_s int8."""
+    what = numbered.row.what
+    parts = [str(what[name]) for name in spec.named if what.get(name) and what[name] not in USUAL]
+    parts += [] if numbered.row.subject == OURS else [numbered.row.subject]
+    return " ".join(parts) or "all"
 
 
 def lines(spec: Spec, members: Sequence[Numbered]) -> tuple[Series, ...]:
@@ -148,9 +191,9 @@ def lines(spec: Spec, members: Sequence[Numbered]) -> tuple[Series, ...]:
     for numbered in members:
         name, x = find(numbered, spec.x)
         x = budget(x) if name in TIERS else x
-        if not is_number(x):
+        if not is_number(x) or name in TIERS and not x:
             continue
-        name, status = series_name(numbered), numbered.row.status
+        name, status = series_name(spec, numbered), numbered.row.status
         _, y = find(numbered, spec.y)
         for kind, value in (
             (status, y),

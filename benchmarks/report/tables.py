@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from flux_quant.benchmarks.bench.record import MEASURED, OURS, PREDICTED, SKIPPED, Scalar
+from flux_quant.benchmarks.bench.record import MEASURED, OURS, PREDICTED, REPORTED, SKIPPED, Row, Scalar
 from flux_quant.benchmarks.report.inputs import Numbered, Source, machine_name, model_name, tier_of
 from flux_quant.benchmarks.report.model import Column, Line, Table
 from flux_quant.benchmarks.report.words import (
@@ -22,10 +22,14 @@ from flux_quant.benchmarks.report.words import (
     show,
     show_samples,
     show_what,
+    unstable,
 )
 
 WIDE = 13  # columns: beyond it memory gets a table of its own
 MOST_NOTES = 4  # of unstable rows that are explained under a table
+FLOOR = "_floor"
+RATIO = "times_ours"  # of `values`
+CARD = "card"  # of `what`
 SOURCE = "source"  # of a row that others reported
 
 
@@ -44,16 +48,19 @@ def names_in(rows: Iterable[Numbered], part: str) -> list[str]:
 
 
 def context(numbered: Numbered) -> dict[str, Scalar]:
-    """What identifies a row, beyond its suite."""
+    """What identifies a row."""
     run = numbered.source.run
-    about = {
-        "suite": run.suite,
-        "model": model_name(run),
-        "machine": machine_name(run),
-        "program": numbered.row.subject,
-    }
+    about: dict[str, Scalar] = {"suite": run.suite}
+    if not of_a_card(numbered.row):
+        about |= {"model": model_name(run), "machine": machine_name(run)}
+    about["program"] = numbered.row.subject
     what = {name: tier_of(numbered) if name in TIERS else value for name, value in numbered.row.what.items()}
-    return about | {name: value for name, value in what.items() if name not in about}
+    return about | what
+
+
+def of_a_card(row: Row) -> bool:
+    """Whether it is about a card that it names, and neither about the machine nor the weights of its run."""
+    return row.status in (PREDICTED, REPORTED) and CARD in row.what
 
 
 def case_fields(rows: Sequence[Numbered]) -> tuple[list[Field], dict[str, Scalar]]:
@@ -72,16 +79,18 @@ def case_fields(rows: Sequence[Numbered]) -> tuple[list[Field], dict[str, Scalar
 
 
 def status_of(numbered: Numbered) -> str:
-    return numbered.row.status + (", unstable" if numbered.row.unstable() else "")
+    return numbered.row.status + (", unstable" if unstable(numbered.row) else "")
 
 
 def sample_fields(rows: Sequence[Numbered]) -> list[Field]:
+    """Of times. What else is sampled, as figures of every prompt, has its mean among the values."""
     return [
         Field(
             label(name),
             lambda n, name=name: marked(show_samples(name, n.row.samples.get(name, ())), n.row.status, is_time(name)),
         )
         for name in names_in(rows, "samples")
+        if is_time(name)
     ]
 
 
@@ -108,19 +117,22 @@ def times_bound(numbered: Numbered) -> str:
 
 
 def show_value(numbered: Numbered, name: str) -> str:
-    """With its interval where there is one: 31.2 dB (30.1 dB to 32.0 dB)."""
+    """With its interval where there is one: 31.2 dB (30.1 dB to 32.0 dB), or as a range: 26 s to 35 s."""
     values = numbered.row.values
     shown = show(name, values.get(name))
     if shown != NONE and (low := values.get(f"{name}_low")) is not None:
         shown += f" ({show(name, low)} to {show(name, values.get(f'{name}_high'))})"
+    elif (most := values.get(f"{name}_most")) is not None:
+        shown += f" to {show(name, most)}"
     return shown if name == SOURCE else marked(shown, numbered.row.status, is_time(name))
 
 
 def value_fields(rows: Sequence[Numbered]) -> list[Field]:
     fields, names = [], names_in(rows, "values")
     intervals = {f"{name}_{side}" for name in names for side in ("low", "high") if f"{name}_low" in names}
+    intervals |= {f"{name}_most" for name in names}
     for name in names:
-        if name in intervals:
+        if name in intervals or is_floor(rows, name):
             continue
         kinds = {type(numbered.row.values[name]) for numbered in rows if name in numbered.row.values}
         fields.append(Field(label(name), lambda n, name=name: show_value(n, name), right=not kinds & {str, bool}))
@@ -138,8 +150,8 @@ def memory_fields(rows: Sequence[Numbered]) -> list[Field]:
 
 
 def ratio_field(rows: Sequence[Numbered], ours: dict[tuple[int, str], float]) -> list[Field]:
-    """Time over ours for the same case in the same run; nothing where all rows are ours."""
-    if all(numbered.row.subject == OURS for numbered in rows):
+    """Time over ours for the same case in the same run; nothing where all are ours or say it."""
+    if all(numbered.row.subject == OURS for numbered in rows) or any(RATIO in n.row.values for n in rows):
         return []
 
     def text(numbered: Numbered) -> str:
@@ -173,8 +185,15 @@ def build(title: str, rows: Sequence[Numbered], above: Iterable[str] = ()) -> li
     head = [Field("row", lambda n: n.id, right=False), *cases, Field("how", status_of, right=False)]
     figures = [*sample_fields(rows), *expected_fields(rows), *ratio_field(rows, our_times(rows)), *value_fields(rows)]
     memory = memory_fields(rows)
-    remarks = [Field("remark", lambda n: n.row.note or NONE, right=False)] if any(n.row.note for n in rows) else []
-    notes = [*above, *all_rows(same), *unstable_notes(rows)]
+    told = {numbered.row.note for numbered in rows}
+    remarks = [Field("remark", lambda n: n.row.note or NONE, right=False)] if len(told) > 1 else []
+    notes = [
+        *above,
+        *all_rows(same),
+        *floors(rows),
+        *unstable_notes(rows),
+        *(f"{note}." for note in told - {""} if not remarks),
+    ]
     fields = [*head, *figures, *memory, *remarks]
     if len(fields) <= WIDE or not memory or not figures:
         return [assemble(title, rows, fields, notes)]
@@ -196,7 +215,7 @@ def assemble(
             tuple(texts[i][j] for i in kept),
             numbered.row.status,
             numbered.id if anchors else "",
-            bool(numbered.row.unstable()),
+            bool(unstable(numbered.row)),
         )
         for j, numbered in enumerate(rows)
     )
@@ -209,8 +228,20 @@ def all_rows(same: dict[str, Scalar]) -> list[str]:
     return [f"In all rows: {show_what(told)}."] if told else []
 
 
+def floors(rows: Sequence[Numbered]) -> list[str]:
+    """What nothing can be told apart below, where it is the same for all rows."""
+    names = [name for name in names_in(rows, "values") if is_floor(rows, name)]
+    told = [f"{label(name.removesuffix(FLOOR))} {show(name, rows[0].row.values[name])}" for name in names]
+    return [f"Floors: {', '.join(told)}."] if told else []
+
+
+def is_floor(rows: Sequence[Numbered], name: str) -> bool:
+    found = {numbered.row.values.get(name) for numbered in rows}
+    return name.endswith(FLOOR) and len(found) == 1
+
+
 def unstable_notes(rows: Iterable[Numbered]) -> list[str]:
-    notes = [f"{numbered.id} is unstable, {'; '.join(why)}." for numbered in rows if (why := numbered.row.unstable())]
+    notes = [f"{numbered.id} is unstable, {'; '.join(why)}." for numbered in rows if (why := unstable(numbered.row))]
     more = len(notes) - MOST_NOTES
     return [*notes[:MOST_NOTES], *([f"{more} more rows are unstable."] if more > 0 else [])]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from math import isinf, isnan
 from statistics import median, quantiles
 
-from flux_quant.benchmarks.bench.record import EMULATED, PREDICTED, REPORTED, Scalar
+from flux_quant.benchmarks.bench.record import EMULATED, PREDICTED, REPORTED, Row, Scalar
 
 NONE = "-"
 BOUND = "bound"  # no status of a row: what physics permits
@@ -98,13 +98,24 @@ TIMES = ("seconds", "_per_s", "_ms", "joules", "watts", "tflops")  # what a cap 
 
 NO_CARD = ("cpu", "cpu only", "none")
 BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
-QUALIFIERS = ("worst", "floor", "low", "high", "mean", "median", "min", "max", "p95", "best")  # behind the unit
+QUALIFIERS = (
+    "at_least",
+    "worst",
+    "floor",
+    "low",
+    "high",
+    "most",
+    "mean",
+    "median",
+    "min",
+    "max",
+    "p95",
+)  # behind the unit
 
 
 def unqualified(name: str) -> str:
     """psnr_db_worst -> psnr_db"""
-    head, _, last = name.rpartition("_")
-    return head if head and last in QUALIFIERS else name
+    return next((name.removesuffix(f"_{word}") for word in QUALIFIERS if name.endswith(f"_{word}")), name)
 
 
 def ends(name: str, end: str) -> bool:
@@ -162,6 +173,11 @@ def marked(text: str, status: str, time: bool = True) -> str:
     return {EMULATED: f"({text})", PREDICTED: f"≈{text}", REPORTED: f"“{text}”", BOUND: f"≥{text}"}.get(status, text)
 
 
+def unstable(row: Row) -> list[str]:
+    """Why the times of a row are not to be believed. That figures differ from prompt to prompt is no such reason."""
+    return [why for why in row.unstable() if is_time(why.partition(":")[0])]
+
+
 def spread(samples: Sequence[float]) -> str:
     """Half of the middle half over the median; nothing for fewer than three samples."""
     middle = median(samples)
@@ -171,15 +187,9 @@ def spread(samples: Sequence[float]) -> str:
     return f" ±{(high - low) / 2 / abs(middle):.1%}"
 
 
-def numbers(samples: Sequence[object]) -> list[float]:
-    """Samples that are numbers: a stranger's file may hold anything."""
-    return [float(x) for x in samples if isinstance(x, int | float) and not isinstance(x, bool) and not isnan(x)]
-
-
-def show_samples(name: str, samples: Sequence[object]) -> str:
+def show_samples(name: str, samples: Sequence[float]) -> str:
     """Median and spread: 1.25 s ±0.4%."""
-    good = numbers(samples)
-    return show(name, median(good)) + spread(good) if good else NONE
+    return show(name, median(samples)) + spread(samples) if samples else NONE
 
 
 def listed(parts: Sequence[str]) -> str:
