@@ -32,6 +32,8 @@ setup(
         "flux_quant.converters",
         "flux_quant.benchmarks",
         "flux_quant.benchmarks.bench",
+        "flux_quant.benchmarks.peers",
+        "flux_quant.benchmarks.peers.runners",
         "flux_quant.benchmarks.report",
         "flux_quant.benchmarks.quality",
         "flux_quant.benchmarks.tiny_flux",

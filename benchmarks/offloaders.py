@@ -27,16 +27,12 @@ from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks.journal import FAILURES, Journal, Row
 from flux_quant.benchmarks.links import CudaLink, HostLink
 from flux_quant.benchmarks.machine import package_version
-from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_parts
+from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE, random_parts, write_random
 from flux_quant.benchmarks.stage import STAND_IN, NoReadings, Stage, memory_in_use
 from flux_quant.benchmarks.step import SMALL, inputs
 from flux_quant.benchmarks.streaming import Marks
-from flux_quant.converters.container import TensorInfo
-from flux_quant.converters.gguf_io import model_metadata
-from flux_quant.converters.writer import create_checkpoint
 from flux_quant.formats import FORMATS
 from flux_quant.loading import load_flux
-from flux_quant.model import Flux
 from flux_quant.modulation import Call, HoistedModulation
 from flux_quant.planner.gpus import GPUS
 from flux_quant.runtime import CudaReadings, Whole, prepare
@@ -147,20 +143,7 @@ def in_groups(model: nn.Module, stage: Stage, kind: str) -> nn.Module:
 def write_gguf(path: Path, small: bool) -> FluxConfig:
     """The engine's tensors with random values, names as in BFL's files; diffusers takes FLUX.1's width alone."""
     config = config_of(DEV, (1, 1) if small else REDUCED)
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Flux(config).named_parameters()}
-    kinds = {
-        name: GGUF_FORMAT if len(shape) == 2 and FORMATS[GGUF_FORMAT].fits(shape) else "f32"
-        for name, shape in shapes.items()
-    }
-    infos = [TensorInfo(name, shape, kinds[name]) for name, shape in shapes.items()]
-    with create_checkpoint(path, infos, model_metadata("flux", GGUF_FORMAT), force=True) as writer:
-        for seed, info in enumerate(infos):
-            values = torch.ones(info.shape)
-            if len(info.shape) == 2:
-                writer.write(info.name, random_parts(FORMATS[info.format], info.shape, torch.device("cpu"), seed))
-            else:
-                writer.write(info.name, (values,))
+    write_random(path, config, GGUF_FORMAT)
     return config
 
 

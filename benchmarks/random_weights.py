@@ -1,11 +1,15 @@
 """Random weights of any size and format, made where they are used: for measuring, where values only need to be real."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flux_quant.arch import FluxConfig
+from flux_quant.converters.container import TensorInfo
+from flux_quant.converters.gguf_io import model_metadata
+from flux_quant.converters.writer import create_checkpoint
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
 from flux_quant.linear import QuantLinear
 from flux_quant.model import Flux
@@ -63,3 +67,20 @@ def random_flux(
                 value = torch.ones(parameter.shape, device=device, dtype=dtype)
                 setattr(layer, own, nn.Parameter(value, requires_grad=False))
     return model.eval()
+
+
+def write_random(path: Path, config: FluxConfig, name: str) -> None:
+    """A file of the engine's tensors in BFL's names: matrices in format `name` where it fits; vectors are ones."""
+    with torch.device("meta"):
+        shapes = {key: tuple(parameter.shape) for key, parameter in Flux(config).named_parameters()}
+    infos = [
+        TensorInfo(key, shape, name if len(shape) == 2 and FORMATS[name].fits(shape) else "f32")
+        for key, shape in shapes.items()
+    ]
+    metadata = model_metadata("flux", name) if path.suffix == ".gguf" else {}
+    with create_checkpoint(path, infos, metadata, force=True) as writer:
+        for seed, info in enumerate(infos):
+            if len(info.shape) == 2:
+                writer.write(info.name, random_parts(FORMATS[info.format], info.shape, torch.device("cpu"), seed))
+            else:
+                writer.write(info.name, (torch.ones(info.shape),))

@@ -56,7 +56,12 @@ LIBRARIES = {  # library -> where it may be imported
     "comfy": "flux_quant.frontends.comfyui",
     "folder_paths": "flux_quant.frontends.comfyui",
 }
-RIVALS = {("flux_quant.benchmarks.cpu_linear", "gguf")}  # what a benchmark measures itself against
+RUNNERS = "flux_quant.benchmarks.peers.runners"
+RIVALS = {  # what a benchmark measures itself against
+    ("flux_quant.benchmarks.cpu_linear", "gguf"),
+    *((f"{RUNNERS}.{runner}", "gguf") for runner in ("diffusers_gguf", "ggml", "gguf_py")),
+    *((f"{RUNNERS}.{runner}", "safetensors") for runner in ("ggml", "gguf_py")),
+}
 LAZY = {"diffusers", "transformers", "accelerate"}  # slow to import: inside functions, from `model` upwards
 FREE = "flux_quant.benchmarks.tiny_flux"  # training scripts, outside the product
 GUEST = "flux_quant.frontends.comfyui"  # imported by ComfyUI alone, see test_comfyui.py

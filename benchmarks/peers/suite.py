@@ -1,0 +1,65 @@
+"""The suite `peers`: other programs on the same work, in the same run, in turns with ours.
+
+What is not installed is a skipped row that says how to install it; see `environments`. With everything of the present
+environment alone (diffusers, gguf, libgguf) it takes less than four minutes.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from flux_quant.benchmarks.bench.record import Row
+from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
+from flux_quant.benchmarks.peers import conversions, linears, steps
+from flux_quant.benchmarks.peers.catalogue import PEERS
+from flux_quant.benchmarks.peers.contest import subject_of
+
+OFFLOADERS = {  # of `benchmarks.offloaders`: its name of a way -> the peer
+    "accelerate cpu_offload": "accelerate",
+    "diffusers group offloading, block": "diffusers group offload",
+    "diffusers group offloading, leaf": "diffusers group offload",
+}
+WAY_SECONDS = 100.0
+
+
+def cases(asked: Asked) -> Iterator[Case]:
+    """asked.model or --random: FLUX.1's width for conversions too."""
+    wide = asked.random or asked.model is not None
+    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick)]
+    for contest in (*groups, *conversions.contests(asked.quick, wide)):
+        yield from (case for case in contest.cases() if wanted(case, asked.formats))
+    for way, name in OFFLOADERS.items():
+        what = {"work": "offload", "way": way}
+        yield Case(what, partial(offloaded, way, asked.device), subject_of(PEERS[name]), needs=WAY_SECONDS)
+    what = {"work": "offload", "way": "mmgp profile"}
+    yield Case(what, partial(refused, "mmgp", asked.device), subject_of(PEERS["mmgp"]))
+
+
+def wanted(case: Case, formats: tuple[str, ...]) -> bool:
+    return not formats or case.what.get("format", formats[0]) in formats
+
+
+def refused(name: str, device: str) -> Row:
+    if device == "cuda":
+        raise RuntimeError("has no runner for CUDA yet: it was written where there is none to try it on")
+    raise RuntimeError(PEERS[name].refusal)
+
+
+def offloaded(way: str, device: str) -> Row:
+    """The row of the smallest cap that a way runs under, by `benchmarks.offloaders` in a process of its own."""
+    if device != "cuda":
+        raise RuntimeError(PEERS[OFFLOADERS[way]].refusal)
+    command = [sys.executable, "-I", "-m", "flux_quant.benchmarks.offloaders", "--way", way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAY_SECONDS)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    ran = next((row for row in rows if "seconds" in row), None)
+    if ran is None:
+        reasons = [row["why"] for row in rows if "why" in row] or done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(reasons[-1] if reasons else "ended without a word")
+    values = {name: ran[name] for name in ("size", "vram", "attach_seconds")} | {"ram_bytes": ran["ram"]}
+    return Row(samples={"seconds": ran["samples"]}, values=values)
+
+
+SUITE = Suite("peers", "other programs on the same work, side by side with ours", cases)
