@@ -61,6 +61,8 @@ class Subject:
 
     def __init__(self, asked: Asked) -> None:
         """UserError if the file is no FLUX.1 transformer that draws from text."""
+        if asked.model is not None and not asked.model.exists():
+            raise UserError(f"{asked.model}: no such file or directory")
         self.asked, self.device = asked, torch.device(asked.device)
         self.kind = "random" if asked.random and asked.model is None else "file" if asked.model else "shipped"
         self.folder = TemporaryDirectory(prefix="flux-quant-quality-")
