@@ -22,8 +22,8 @@ from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
 from flux_quant.converters.plan import make_plan
 from flux_quant.drawing.vae import decode
-from flux_quant.loading import load_flux, load_vae
 from flux_quant.generation import Request, denoise_batch, encode, to_images
+from flux_quant.loading import load_flux, load_vae
 
 TARGETS = {"fp8": "FP8.safetensors", "q8_0": "Q8_0.gguf", "q5_0": "Q5_0.gguf", "q4_0": "Q4_0.gguf"}
 PROMPTS = (

@@ -27,11 +27,11 @@ from flux_quant.codecs.rotation import group_for
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing.vae import decode
 from flux_quant.formats import FORMATS
+from flux_quant.generation import Request, denoise_batch, encode
 from flux_quant.kernels import fp8, int8_torch
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux
-from flux_quant.generation import Request, denoise_batch, encode
 from flux_quant.text.encode import TextFeatures
 
 CALM, CHANNELS, COLUMNS, ROWS = 1.0, 3072, 512, 256  # of the outlier by hand

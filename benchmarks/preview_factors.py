@@ -13,8 +13,8 @@ from flux_quant.benchmarks.demo import GUIDANCE, PROMPTS, SIZE
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing.preview import Factors, fit
 from flux_quant.drawing.vae import decode
-from flux_quant.loading import load_flux, load_vae
 from flux_quant.generation import Request, denoise_batch, encode
+from flux_quant.loading import load_flux, load_vae
 
 SOURCE = "the bundled model's VAE: fitted by benchmarks/preview_factors.py"
 SEEDS, STEPS = 4, 8

@@ -30,11 +30,11 @@ from flux_quant.drawing import vae
 from flux_quant.drawing.pictures import to_images
 from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import denoise
+from flux_quant.generation import encode, make_drawing
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.lora import Applied, apply_, remove_, shapes_in
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
-from flux_quant.generation import encode, make_drawing
 
 NAMES = (
     *("owl", "rocket", "banana", "guitar", "bicycle", "mushroom", "teapot", "violin", "tractor", "tiger face"),

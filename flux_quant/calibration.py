@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from flux_quant.components import Components
 from flux_quant.drawing.given import PLAIN, kind_of
 from flux_quant.errors import UserError
+from flux_quant.generation import Request, denoise_batch, encode
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
-from flux_quant.generation import Request, denoise_batch, encode
 
 Progress = Callable[[str, int, int], None]
 

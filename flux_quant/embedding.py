@@ -14,14 +14,15 @@ from flux_quant.linear import keep_dtype
 
 
 class QuantEmbedding(nn.Module):
-    """ids (...) -> vectors (..., K) float32, from a table (N, K) stored in `fmt`.
+    """ids (...) -> vectors (..., K), float32, from a table (N, K) stored in `fmt`.
 
-    Buffers are the parts of the format, as in `QuantLinear`: moved with the module, never cast.
+    Buffers are the parts of the format, as in `QuantLinear`: moved with the module, never cast. With `follows`, vectors
+    have the dtype that the module was cast to last.
     """
 
-    def __init__(self, fmt: QuantFormat, parts: Sequence[Tensor]) -> None:
+    def __init__(self, fmt: QuantFormat, parts: Sequence[Tensor], follows: bool = False) -> None:
         super().__init__()
-        self.fmt = fmt
+        self.fmt, self.follows, self.dtype = fmt, follows, torch.float32
         self.num_embeddings, self.embedding_dim = check_parts(fmt, parts)
         for part, tensor in zip(fmt.parts, parts, strict=True):
             self.register_buffer(part.suffix, tensor)
@@ -29,12 +30,14 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         parts = (self._buffers[part.suffix] for part in self.fmt.parts)
         rows = self.fmt.unpack(*(gathered(part, ids.reshape(-1)) for part in parts))
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.view(*ids.shape, self.embedding_dim).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.fmt.name}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantEmbedding":
+        if self.follows:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_dtype(fn), recurse)
 
 

@@ -144,18 +144,18 @@ def joined_(net: ControlNet, reader: BothNamings | XLabsNaming) -> dict[str, str
 
 
 def load_t5(path: str | Path) -> "T5EncoderModel":
-    """A T5 v1.1 encoder from Hugging Face names; activations and norms stay in float32 (T5 overflows in float16)."""
+    """A T5 v1.1 encoder; activations and norms stay in float32 (T5 overflows in float16)."""
     return open_t5(path)[0]
 
 
-def open_t5(path: str | Path) -> tuple["T5EncoderModel", Component]:
-    """The encoder and its file. Linears and the table of token vectors are views of the mapped file, still packed."""
+def open_t5(path: str | Path, cls: "type[T5EncoderModel] | None" = None) -> tuple["T5EncoderModel", Component]:
+    """The encoder, a `cls`, and its file. Linears and the table of token vectors are views of the file, still packed."""
     from transformers import T5Config, T5EncoderModel
 
     reader = open_component(path, "T5 encoder")
     with dimensions_of(reader), torch.device("meta"):
         config = t5_config(shapes_of(reader)) | {"feed_forward_proj": FAST_GELU}
-        model = T5EncoderModel(T5Config(**config))
+        model = (cls or T5EncoderModel)(T5Config(**config))
     model.encoder.embed_tokens = model.shared
     bind(model, reader, packed=("shared",))
     model.encoder.embed_tokens = model.shared
@@ -175,13 +175,14 @@ class Opaque(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+        """In float32 where the rest is in float16, which the last product of T5's feed-forward layers leaves."""
+        return self.inner(x.float() if x.dtype == torch.float16 else x)
 
 
-def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
+def load_clip(path: str | Path, end_of_text: int | None = None) -> "CLIPTextModel":
     """CLIP-L's text tower, its linears and token vectors still packed; activations in float32.
 
-    `end_of_text` is the tokenizer's id of the token whose state is pooled.
+    `end_of_text` is the tokenizer's id of the token whose state is pooled: the last one, if nothing else is said.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -195,18 +196,19 @@ def load_clip(path: str | Path, end_of_text: int) -> "CLIPTextModel":
     inner = "embeddings" if missing else "text_model.embeddings"
     load_quantized_(model, reader, lambda name: missing + name, packed=(f"{inner}.token_embedding",))
     embeddings = model.get_submodule(inner)
+    embeddings.token_embedding.follows = True
     embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
     return model.eval()
 
 
-def load_vae(path: str | Path) -> "AutoencoderKL":
-    """diffusers' AutoencoderKL from BFL names, float32."""
+def load_vae(path: str | Path, cls: "type[AutoencoderKL] | None" = None) -> "AutoencoderKL":
+    """diffusers' AutoencoderKL, or a `cls` that is one, in float32."""
     from diffusers import AutoencoderKL
 
     reader = open_component(path, "VAE")
     tensors = {name: load(reader, name) for name in reader.tensors}
     with dimensions_of(reader):
-        model = AutoencoderKL(**vae_config(shapes_of(reader)))
+        model = (cls or AutoencoderKL)(**vae_config(shapes_of(reader)))
     fill(model, vae_to_diffusers(tensors), reader.path)
     return model.eval()
 

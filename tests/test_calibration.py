@@ -11,8 +11,8 @@ from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.imatrix import read_imatrix, read_maxima, write_imatrix
 from flux_quant.errors import UserError
-from flux_quant.loading import load_flux
 from flux_quant.generation import Request, denoise_batch, encode
+from flux_quant.loading import load_flux
 
 PARTS = find_components(BUNDLED)
 

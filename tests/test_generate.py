@@ -18,9 +18,9 @@ from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import modulation_rows, steering_calls
 from flux_quant.drawing.vae import Memory
 from flux_quant.errors import UserError
+from flux_quant.generation import LatentFiles, generate
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.modulation import hoisted_modules
-from flux_quant.generation import LatentFiles, generate
 
 PROMPT = "large red apple on a white background"
 GENERATE = ["generate", "--model", str(BUNDLED), "--prompt", PROMPT, "--steps", "3", "--no-prompt-cache"]

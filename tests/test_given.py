@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from given_files import ASKED, CLOSE, PROMPT, SIZE, STEPS, alimama, control, random_net, rgb, write_files
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,11 +15,13 @@ from flux_quant.drawing import vae
 from flux_quant.drawing.given import check_given, from_noise, load_nets, read_given
 from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import denoise
-from flux_quant.frontends.diffusers import load_pipeline, load_transformer
+from flux_quant.frontends.diffusers import load
+from flux_quant.frontends.pipelines import pipeline as load_pipeline
+from flux_quant.generation import encode, make_drawing
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.naming import to_diffusers
-from flux_quant.generation import encode, make_drawing
 from flux_quant.text.encode import TextFeatures
+from given_files import ASKED, CLOSE, PROMPT, SIZE, STEPS, alimama, control, random_net, rgb, write_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
 
@@ -47,7 +48,7 @@ def parts(bundled: Components):
 
     patch = pytest.MonkeyPatch()
     patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-    yield load_pipeline(bundled).components
+    yield load_pipeline(bundled, device="cpu").components
     patch.undo()
 
 
@@ -166,7 +167,7 @@ def test_the_engine_takes_residuals_from_diffusers(bundled: Components, repeat: 
         controlnet_single_block_samples=[torch.randn(2, 6, 256, generator=g) for _ in range(2)],
         controlnet_blocks_repeat=repeat,
     )
-    found = load_transformer(bundled.transformer)(**given).sample
+    found = load(bundled.transformer, device="cpu")(**given).sample
     assert_close(found, their_transformer(bundled.transformer)(**given).sample)
 
 

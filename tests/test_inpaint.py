@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from given_files import ASKED, PROMPT, SIZE, control, rgb, write_files
 from PIL import Image
 from safetensors.torch import save_file
 from stream_backends import ThreadDevice
@@ -20,14 +19,15 @@ from flux_quant.drawing.given import kind_of, load_nets
 from flux_quant.drawing.request import Request, parse_controls
 from flux_quant.drawing.sampling import denoise
 from flux_quant.errors import UserError
+from flux_quant.generation import encode, generate, make_drawing
 from flux_quant.loading import load_flux
 from flux_quant.model import Flux
 from flux_quant.modulation import hoisted_modules
-from flux_quant.generation import encode, generate, make_drawing
 from flux_quant.planner.gpus import find_gpu
 from flux_quant.planner.memory import Budget
 from flux_quant.planner.steptime import Host
 from flux_quant.text.encode import TextFeatures
+from given_files import ASKED, PROMPT, SIZE, control, rgb, write_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # within diffusers
 

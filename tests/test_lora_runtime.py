@@ -18,13 +18,13 @@ from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import denoise
 from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
+from flux_quant.generation import encode, generate
 from flux_quant.kernels import dispatch
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_clip, load_flux, load_t5
 from flux_quant.lora import applied_to, apply_, remove_, set_strength_, shapes_in
 from flux_quant.model import pack_latents
 from flux_quant.modulation import HoistedModulation
-from flux_quant.generation import encode, generate
 from flux_quant.text.encode import TextOptions
 from lora_checks import random
 

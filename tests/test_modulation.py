@@ -14,7 +14,8 @@ from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
 from flux_quant.converters.plan import make_plan
-from flux_quant.frontends.diffusers import load_pipeline, load_transformer
+from flux_quant.frontends.diffusers import load
+from flux_quant.frontends.pipelines import pipeline
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
 from flux_quant.model import Flux, image_ids, text_ids
@@ -302,7 +303,7 @@ def test_modulation_never_stays_on_the_card(model: Flux, name: str):
 
 
 def test_pipelines_of_diffusers_evaluate_once_per_prompt():
-    pipe = load_pipeline(find_components(BUNDLED))
+    pipe = pipeline(BUNDLED, device="cpu")
     modulation = pipe.transformer.modulation
 
     def draw(**changes: object) -> Tensor:
@@ -323,7 +324,7 @@ def test_pipelines_of_diffusers_evaluate_once_per_prompt():
 
 
 def test_gradients_go_through_the_modulation_in_training():
-    transformer = load_transformer(find_components(BUNDLED).transformer)
+    transformer = load(find_components(BUNDLED).transformer, device="cpu")
     pooled = torch.zeros(1, 128, requires_grad=True)
     inputs = picture_inputs(transformer.engine.config, 1)
     transformer(

@@ -18,10 +18,11 @@ from flux_quant.converters.convert import run
 from flux_quant.converters.plan import make_plan
 from flux_quant.drawing.vae import decode
 from flux_quant.errors import UserError
-from flux_quant.frontends.diffusers import load_pipeline, load_transformer
+from flux_quant.frontends.diffusers import load as load_transformer
+from flux_quant.frontends.pipelines import pipeline
+from flux_quant.generation import Request, generate, save_png, starting_noise
 from flux_quant.loading import load_vae
 from flux_quant.naming import vae_to_diffusers
-from flux_quant.generation import Request, generate, save_png, starting_noise
 
 PROMPT = "large red apple on a white background"
 
@@ -41,7 +42,7 @@ def test_the_model_ships_complete_and_small(bundled: Components):
 def test_same_picture_as_diffusers(bundled: Components):
     request = Request(PROMPT, steps=3, guidance=2.5, seed=4, size=(96, 80))
     ours = np.asarray(generate(bundled, request).image)
-    theirs = load_pipeline(bundled)(
+    theirs = pipeline(bundled, device="cpu")(
         PROMPT,
         num_inference_steps=3,
         guidance_scale=2.5,
@@ -144,8 +145,8 @@ def test_components_beside_the_file_or_below_the_folder(bundled: Components, tmp
 def test_quantized_files_run_in_diffusers_pipelines(format_name: str, bundled: Components, tmp_path: Path):
     path = tmp_path / "model.gguf"
     run(make_plan(Conversion(bundled.transformer, path, format_name)))
-    pipe = load_pipeline(bundled)
-    pipe.transformer = load_transformer(path)
+    pipe = pipeline(bundled, device="cpu")
+    pipe.transformer = load_transformer(path, device="cpu")
     arguments = {"num_inference_steps": 2, "width": 96, "height": 96, "max_sequence_length": 24}
     drawn = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments).images[0]
     request = Request(PROMPT, steps=2, seed=0, size=(96, 96))
@@ -154,7 +155,7 @@ def test_quantized_files_run_in_diffusers_pipelines(format_name: str, bundled: C
 
 
 def test_engine_in_diffusers_refuses_what_it_cannot_do(bundled: Components):
-    transformer = load_transformer(bundled.transformer)
+    transformer = load_transformer(bundled.transformer, device="cpu")
     inputs = dict(
         hidden_states=torch.zeros(1, 4, 64),
         encoder_hidden_states=torch.zeros(1, 3, 128),

@@ -133,8 +133,8 @@ def test_words_are_the_text_of_diffusers(files: Path):
     from flux_quant.components import find_components
     from flux_quant.drawing.given import Given
     from flux_quant.drawing.request import Request
-    from flux_quant.loading import load_flux
     from flux_quant.generation import encode, make_drawing
+    from flux_quant.loading import load_flux
 
     bundled = find_components(BUNDLED)
     requests = [Request("red apple", negative="octopus", cfg=2.0), Request("octopus")]

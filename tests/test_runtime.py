@@ -14,10 +14,10 @@ from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
 from flux_quant.drawing.schedules import noise_levels
 from flux_quant.errors import UserError
+from flux_quant.generation import generate
 from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.loading import load_flux
 from flux_quant.modulation import HoistedModulation
-from flux_quant.generation import generate
 from flux_quant.planner import plan as planner
 from flux_quant.planner.footprint import Model, Work, t5_xxl
 from flux_quant.planner.gpus import find_gpu

@@ -12,10 +12,10 @@ from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import Drawing, StepState, denoise, first_not_finite
 from flux_quant.drawing.vae import encode as encode_picture
 from flux_quant.errors import UserError
-from flux_quant.frontends.diffusers import load_pipeline
+from flux_quant.frontends.pipelines import pipeline
+from flux_quant.generation import Given, encode, make_drawing
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, pack_latents
-from flux_quant.generation import Given, encode, make_drawing
 from flux_quant.text.encode import TextFeatures
 
 PROMPT, AWAY = "large red apple on a white background", "octopus"
@@ -55,7 +55,7 @@ def judge(bundled: Components):
     from flux_quant.converters.checkpoint import load, open_checkpoint
     from flux_quant.naming import to_diffusers
 
-    pipe = load_pipeline(bundled)
+    pipe = pipeline(bundled, device="cpu")
     judged = diffusers.FluxTransformer2DModel(**pipe.transformer.engine.config.diffusers()).eval()
     with open_checkpoint(bundled.transformer) as reader:
         judged.load_state_dict(to_diffusers({name: load(reader, name) for name in reader.tensors}))

@@ -93,9 +93,9 @@ def generate(
         picture_paths,
         single_hint,
     )
-    from flux_quant.linear import COMPUTES
     from flux_quant.generation import choose_device, previewer
     from flux_quant.generation import generate as make
+    from flux_quant.linear import COMPUTES
     from flux_quant.text.encode import TextOptions
     from flux_quant.text.prompt_cache import PromptCache
 
