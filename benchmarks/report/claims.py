@@ -5,10 +5,15 @@ from collections.abc import Iterable, Sequence
 from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, PREDICTED, SKIPPED
 from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name, tier_of
 from flux_quant.benchmarks.report.model import Line
-from flux_quant.benchmarks.report.tables import CARD, of_a_card
-from flux_quant.benchmarks.report.words import NONE, TIERS, listed, marked, number, show, show_what, unstable
+from flux_quant.benchmarks.report.tables import CARD, SPLITTERS, of_a_card
+from flux_quant.benchmarks.report.words import NONE, TIERS, USUAL, listed, marked, number, show, show_what, unstable
 
-HEADLINES = ("image", "step", "tiers")  # the first suite that has rows of a status speaks for it
+HEADLINES = ("image", "step", "tiers", "convert", "quality")  # the first suite that has rows of a status speaks for it
+FIGURES = {  # what a claim without a time says
+    "psnr_db": "PSNR of pictures",
+    "velocity_error": "velocity error",
+    "weight_snr_db": "SNR of weights",
+}
 MOST = 5  # formats of a claim
 
 
@@ -18,7 +23,7 @@ def claims(rows: Sequence[Numbered]) -> list[Line]:
     for status in (MEASURED, EMULATED, PREDICTED):
         for suite in HEADLINES:
             members = [n for n in rows if n.row.status == status and n.source.run.suite == suite]
-            if ours := [n for n in members if n.row.subject == OURS]:
+            if ours := [n for n in members if n.row.subject == OURS and "format" in n.row.what]:
                 found.append(Line((claim(ours, status),), status))
                 break
     return found or [Line(("No step and no picture was measured, emulated or predicted in these results.",))]
@@ -31,11 +36,11 @@ def claim(rows: Sequence[Numbered], status: str) -> str:
     alike = [n for n in rows if without_format(n) == case and n.source is first.source]
     if of_a_card(first.row):
         places = [f"{tier_of(n)} ({n.row.what[CARD]}) {format_claim(n, status)}" for n in alike if predicted_seconds(n)]
-        return f"FLUX.1, {show_what(dict(case))}: {listed(places)} a step; {basis(first, status)}."
+        return f"FLUX.1, {show_case(case)}: {listed(places)} a step; {basis(first, status)}."
     best = {n.row.what.get("format"): n for n in reversed(alike)}
     formats = [format_claim(n, status) for n in reversed(best.values())]
     formats = [*formats[:MOST], *([f"{len(formats) - MOST} more formats"] if len(formats) > MOST else [])]
-    head = ", ".join(filter(None, (model_name(first.source.run), show_what(dict(case)))))
+    head = ", ".join(filter(None, (model_name(first.source.run), show_case(case))))
     return f"{head}: {listed(formats)}; {basis(first, status)}."
 
 
@@ -44,10 +49,17 @@ def predicted_seconds(numbered: Numbered) -> float:
     return found if is_number(found) else 0.0
 
 
-def without_format(numbered: Numbered) -> tuple[tuple[str, object], ...]:
-    what = numbered.row.what
+def without_format(numbered: Numbered) -> dict[str, object]:
+    """What is claimed of, but for the format; of cards also without what tells them apart."""
     left_out = ("format", *((CARD, *TIERS) if of_a_card(numbered.row) else ()))
-    return tuple((name, tier_of(numbered) if name in TIERS else what[name]) for name in what if name not in left_out)
+    what = numbered.row.what
+    return {name: tier_of(numbered) if name in TIERS else what[name] for name in what if name not in left_out}
+
+
+def show_case(case: dict[str, object]) -> str:
+    """What the name of the model, the suite and the usual way of computing do not say."""
+    told = ("model", *SPLITTERS)
+    return show_what({name: value for name, value in case.items() if name not in told and value not in USUAL})
 
 
 def format_claim(numbered: Numbered, status: str) -> str:
@@ -61,7 +73,10 @@ def format_claim(numbered: Numbered, status: str) -> str:
         return f"{name} {'does not fit' if fits is False else 'fits'}"
     seconds = row.expected.get("predicted_seconds") if status == PREDICTED else row.seconds()
     time = marked(show("seconds", seconds), status)
-    return name if time == NONE else f"{name} {time}"
+    if time != NONE:
+        return f"{name} {time}"
+    figure = next((figure for figure in FIGURES if is_number(row.values.get(figure))), "")
+    return f"{name} {FIGURES[figure]} {show(figure, row.values[figure])}" if figure else name
 
 
 def basis(numbered: Numbered, status: str) -> str:

@@ -31,6 +31,7 @@ COLOURS = (
     "#4aa3a8",
 )  # on white or black
 MOST_TICKS = 10
+DECADES = 20  # between the highest and the lowest point: from here on the scale is logarithmic
 INK = "#010203"  # becomes the colour of the page's text
 LINES = {  # kind -> how its points and the lines between them look
     MEASURED: dict(marker="o", linestyle="-"),
@@ -127,7 +128,12 @@ def draw_lines(axes: "Axes", plot: Plot) -> None:
         axes.plot(xs, ys, color=colour_of(one.name, plot), **LINES[one.kind])
     axes.set_xlabel(plot.x)
     axes.set_ylabel(plot.y)
-    axes.set_ylim(bottom=0)
+    heights = [y for one in plot.series for _, y in one.points if y > 0]
+    if heights and max(heights) > DECADES * min(heights) and plot.shape == "lines":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     places = sorted({x for one in plot.series for x, _ in one.points})
     if plot.shape == "points":
         name_points(axes, plot)

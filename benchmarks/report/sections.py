@@ -27,7 +27,6 @@ SUITES = {  # suite -> heading, what has to be known to read its tables; in the 
     "kernels": ("Kernels", ""),
     "text": ("Text encoders", ""),
 }
-SPLITTERS = ("part", "work", "kind", "operation", "stage", "measure", "what")  # names of a case: a table for each value
 KINDS = {  # (name, value) -> heading
     ("part", "format"): "Formats",
     ("part", "floor"): "Floors: BF16 again, with its sums in another order",
@@ -37,6 +36,11 @@ KINDS = {  # (name, value) -> heading
     ("work", "linear"): "Linear layers",
     ("work", "offload"): "Less memory than the model needs",
 }
+ABOUT_TIERS = (
+    "Times, predictions and bounds are of one step unless a heading says otherwise. Predictions for a card are for "
+    "the most precise format with which a picture takes hardly longer than with the fastest. What others report is of "
+    "other programs, as published."
+)
 ORIGINS = {PREDICTED: "predicted, not run", REPORTED: "as others report it"}  # of rows about a card
 READING = (
     "Measured figures are plain. (In brackets): emulated, on a larger card under a cap; that says what fits, and its "
@@ -90,7 +94,7 @@ def tier_sections(rows: Sequence[Numbered]) -> list[Section]:
         for title, members in kinds(tiers[tier], told=False):
             name = tier if tier == "CPU only" else f"{tier} of VRAM"
             found += tables.build(f"{name}: {title}" if title else name, members)
-    return [Section("By memory", tables=tuple(found))]
+    return [Section("By memory", (ABOUT_TIERS,), tuple(found))] if found else []
 
 
 def size_of(tier: str) -> tuple[float, str]:
@@ -141,7 +145,7 @@ def kinds(rows: Sequence[Numbered], told: bool = True) -> list[tuple[str, list[N
 
 
 def kind_of(row: Row) -> str:
-    name = next((name for name in SPLITTERS if isinstance(row.what.get(name), str)), "")
+    name = next((name for name in tables.SPLITTERS if isinstance(row.what.get(name), str)), "")
     value = str(row.what.get(name, ""))
     return KINDS.get((name, value), value.replace("_", " "))
 

@@ -7,8 +7,8 @@ from statistics import median
 from flux_quant.benchmarks.bench.record import OURS, PREDICTED, REPORTED, SKIPPED
 from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name
 from flux_quant.benchmarks.report.model import Plot, Series
-from flux_quant.benchmarks.report.tables import of_a_card
-from flux_quant.benchmarks.report.words import BOUND, TIERS, budget, show_what
+from flux_quant.benchmarks.report.tables import SPLITTERS, of_a_card
+from flux_quant.benchmarks.report.words import BOUND, TIERS, USUAL, budget, show_what
 
 MOST = 6  # plots of one spec; the tables hold the rest
 
@@ -38,7 +38,6 @@ class Spec:
 
 
 GB = 1e-9
-USUAL = ("16-bit", "float32")  # ways of computing that need no mention
 SPECS = (
     Spec(
         "step-time",
@@ -168,13 +167,13 @@ def shown(spec: Spec, numbered: Numbered) -> bool:
 
 
 def place(spec: Spec, numbered: Numbered) -> tuple[str, ...]:
+    """What tells the plots of a spec apart."""
     what = numbered.row.what
-    rest = tuple(
-        show_what({name: value}) for name, value in what.items() if name not in spec.over and value not in (None, "")
-    )
+    rest = tuple(show_what({name: what[name]}) for name in what if name not in (*spec.over, *SPLITTERS))
     if of_a_card(numbered.row):
         return rest
-    return (model_name(numbered.source.run), *rest, machine_name(numbered.source.run))
+    model = () if "model" in what else (model_name(numbered.source.run),)
+    return (*model, *rest, machine_name(numbered.source.run))
 
 
 def series_name(spec: Spec, numbered: Numbered) -> str:

@@ -14,6 +14,8 @@ from flux_quant.benchmarks.report.words import (
     BOUND,
     NONE,
     TIERS,
+    between,
+    has_unit,
     is_time,
     label,
     listed,
@@ -25,10 +27,12 @@ from flux_quant.benchmarks.report.words import (
     unstable,
 )
 
-WIDE = 13  # columns: beyond it memory gets a table of its own
+WIDE = 13  # columns: beyond it memory gets a table of its own,
+OWN_TABLE = 3  # if it has so many columns
 MOST_NOTES = 4  # of unstable rows that are explained under a table
 FLOOR = "_floor"
 RATIO = "times_ours"  # of `values`
+SPLITTERS = ("part", "work", "kind", "operation", "stage", "measure")  # names of a case: a table for each value
 CARD = "card"  # of `what`
 SOURCE = "source"  # of a row that others reported
 
@@ -117,18 +121,18 @@ def times_bound(numbered: Numbered) -> str:
 
 
 def show_value(numbered: Numbered, name: str) -> str:
-    """With its interval where there is one: 31.2 dB (30.1 dB to 32.0 dB), or as a range: 26 s to 35 s."""
+    """With its interval where there is one: 31.2 dB (30.1 to 32.0 dB), or as a range: 26 to 35 s."""
     values = numbered.row.values
     shown = show(name, values.get(name))
     if shown != NONE and (low := values.get(f"{name}_low")) is not None:
-        shown += f" ({show(name, low)} to {show(name, values.get(f'{name}_high'))})"
+        shown += f" ({between(name, low, values.get(f'{name}_high'))})"
     elif (most := values.get(f"{name}_most")) is not None:
-        shown += f" to {show(name, most)}"
+        shown = between(name, values[name], most)
     return shown if name == SOURCE else marked(shown, numbered.row.status, is_time(name))
 
 
 def value_fields(rows: Sequence[Numbered]) -> list[Field]:
-    fields, names = [], names_in(rows, "values")
+    fields, names = [], sorted(names_in(rows, "values"), key=lambda name: name == SOURCE)
     intervals = {f"{name}_{side}" for name in names for side in ("low", "high") if f"{name}_low" in names}
     intervals |= {f"{name}_most" for name in names}
     for name in names:
@@ -195,7 +199,7 @@ def build(title: str, rows: Sequence[Numbered], above: Iterable[str] = ()) -> li
         *(f"{note}." for note in told - {""} if not remarks),
     ]
     fields = [*head, *figures, *memory, *remarks]
-    if len(fields) <= WIDE or not memory or not figures:
+    if len(fields) <= WIDE or len(memory) < OWN_TABLE or not figures:
         return [assemble(title, rows, fields, notes)]
     with_memory = [numbered for numbered in rows if numbered.row.memory]
     return [
@@ -224,7 +228,7 @@ def assemble(
 
 def all_rows(same: dict[str, Scalar]) -> list[str]:
     """Of what is the same in all rows, what a reader would miss; that it is ours goes without saying."""
-    told = {name: value for name, value in same.items() if name != "suite" and value not in (None, "", OURS)}
+    told = {n: value for n, value in same.items() if n not in ("suite", *SPLITTERS) and value not in (None, "", OURS)}
     return [f"In all rows: {show_what(told)}."] if told else []
 
 
@@ -290,14 +294,16 @@ def facts_table(title: str, facts: dict[str, object]) -> Table | None:
     return Table(title, (Column("what", right=False), Column("value", right=False)), lines) if lines else None
 
 
-def flat(facts: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def flat(facts: dict[str, object], prefix: str = "", parent: str = "") -> list[tuple[str, str]]:
+    """(name, value); what is nested has the unit of its parent where it has none."""
     found = []
-    for name, value in facts.items():
-        words = f"{prefix} {label(str(name))}".strip()
+    for name, value in ((str(name), value) for name, value in facts.items()):
+        words = f"{prefix} {label(name)}".strip()
+        unit = name if has_unit(name) or not parent else parent
         if isinstance(value, dict):
-            found += flat(value, words)
+            found += flat(value, words, unit)
         elif isinstance(value, list | tuple):
-            found.append((words, listed([show(str(name), part) for part in value]) or NONE))
+            found.append((words, listed([show(unit, part) for part in value]) or NONE))
         else:
-            found.append((words, show(str(name), value)))
+            found.append((words, show(unit, value)))
     return found

@@ -29,12 +29,13 @@ NAMES = {
     "bytes_per_s": "speed",
 }
 SIZES = {"vram", "ram", "budget"}  # names without a unit that hold bytes
+USUAL = ("16-bit", "float32")  # ways of computing that need no mention
 TIERS = ("tier", "vram")  # names of `what` that say how much memory: bytes, or as after --vram
 HIGHER_IS_BETTER = ("_per_s", "_per_second", "_db", "cosine", "accuracy", "ssim", "psnr", "snr", "throughput", "hidden")
 
 
 def number(value: float) -> str:
-    """Three digits that count; all of a whole number, thousands apart."""
+    """Three digits that count, of what is nearly one five; all of a whole number, thousands apart."""
     if isnan(value):
         return NONE
     if isinf(value):
@@ -44,7 +45,7 @@ def number(value: float) -> str:
     if abs(value) < 0.001:
         return f"{value:.1e}"
     if abs(value) < 1:
-        return f"{value:.3g}"
+        return f"{value:.5f}" if abs(value) > 0.9 else f"{value:.3g}"
     return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
@@ -52,7 +53,7 @@ def scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
     """In the first unit, of the falling ones given, that makes it at least one."""
     if isnan(value) or isinf(value):
         return number(value)
-    name, scale = next(((name, scale) for name, scale in units if abs(value) >= scale), units[-1])
+    name, scale = next(((name, scale) for name, scale in units if abs(value) >= scale), units[-1 if value else 0])
     return f"{number(value / scale)} {name}"
 
 
@@ -122,6 +123,10 @@ def ends(name: str, end: str) -> bool:
     return name == end.lstrip("_") or name.endswith(end if end.startswith("_") else f"_{end}")
 
 
+def has_unit(name: str) -> bool:
+    return any(ends(unqualified(name), end) for end, _ in UNITS)
+
+
 def is_time(name: str) -> bool:
     return any(ends(unqualified(name), end) for end in TIMES)
 
@@ -142,8 +147,8 @@ def higher_is_better(name: str) -> bool:
 
 def label(name: str) -> str:
     """The heading of a column: weight_snr_db -> weight SNR."""
-    if name in NAMES:
-        return NAMES[name]
+    if name in NAMES or name.isupper():
+        return NAMES.get(name, name)
     base = unqualified(name)
     unit = next((end for end, _ in UNITS if ends(base, end)), "")
     words = [*(base.removesuffix(unit) or base).split("_"), *name.removeprefix(base).split("_")]
@@ -190,6 +195,13 @@ def spread(samples: Sequence[float]) -> str:
 def show_samples(name: str, samples: Sequence[float]) -> str:
     """Median and spread: 1.25 s ±0.4%."""
     return show(name, median(samples)) + spread(samples) if samples else NONE
+
+
+def between(name: str, low: object, high: object, word: str = " to ") -> str:
+    """26 to 35 s: the unit once where both have the same."""
+    texts = show(name, low), show(name, high)
+    number, _, unit = texts[0].rpartition(" ")
+    return f"{number if number and texts[1].endswith(f' {unit}') else texts[0]}{word}{texts[1]}"
 
 
 def listed(parts: Sequence[str]) -> str:
