@@ -1,22 +1,14 @@
-"""T5-XXL on the CPU: how much memory an encoding takes, and how long, from files of full size with random weights.
+"""T5-XXL from files of full size with random weights: made, encoded with, and watched while that happens.
 
-    python -I -m flux_quant.benchmarks.text_memory FOLDER [--formats q8_0 q4_k] [--threads 2] [--keep] [--save]
-
-FOLDER gets the files (4.9 and 2.7 GB as GGUF) and loses them again. Every encoding of 512 tokens is a process of its
-own. What counts is VmHWM, the largest resident size of the process as the kernel keeps it: RssAnon (libraries' data,
+What counts is VmHWM, the largest resident size of the process as the kernel keeps it: RssAnon (libraries' data,
 activations, scratch) and RssFile (pages of mapped files that the process has touched: libraries and the encoder's
 file) together. Pages that were read ahead into the system's cache belong to no process. Linux only.
 
 Seconds are those of a clock, and those of the processor (of all threads together, in waiting for nothing), which other
-work on the machine does not change much. The bound is torch's own product of float32, measured in the same process at
-T5's shapes: processor seconds of an encoding that were nothing but the products of its linears.
+work on the machine does not change much. Measured by the suite `text` of `flux-quant bench`.
 """
 
-import argparse
-import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flux_quant.benchmarks.machine import write_result
 from flux_quant.benchmarks.random_weights import SPREAD, random_parts
 from flux_quant.converters.container import TensorInfo
 from flux_quant.converters.gguf_io import model_metadata
@@ -45,7 +36,6 @@ PRECISE = ("norm.weight", "relative_attention_bias.weight")
 TABLES = {"q8_0": "q8_0"}  # format of the token vectors; others have them in q6_k, as llama.cpp
 BIAS = (BUCKETS, HEADS)
 BUDGET = 3_000_000_000
-CASES = ((None, False), (BUDGET, False), (BUDGET, True))  # budget of RAM, file to be read from the disk
 TRIES = 5
 EVERY = 0.02  # seconds between two looks at the memory
 
@@ -111,10 +101,10 @@ def watched(peaks: dict[str, int]) -> Iterator[None]:
         thread.join()
 
 
-def encode_twice(path: Path, threads: int, budget: int | None, cold: bool) -> dict[str, object]:
-    """In a process of its own: memory and times of two encodings of the same tokens, the encoder opened for each.
+def encode_twice(path: Path, threads: int, budget: int | None, cold: bool, blocks: int = BLOCKS) -> dict[str, object]:
+    """In a process of its own: bytes and seconds of two encodings of the same tokens, the encoder opened for each.
 
-    The first opening imports libraries.
+    blocks: that the bound counts. The first opening imports libraries.
     """
     torch.set_num_threads(threads)
     import transformers  # noqa: F401
@@ -122,7 +112,7 @@ def encode_twice(path: Path, threads: int, budget: int | None, cold: bool) -> di
     before, peaks, clocks = memory("VmRSS"), {}, [Clock(), Clock()]
     ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     opening = [timed(lambda: open_t5(path)[1].close())[0] for _ in range(2)]
-    dense = bound()
+    dense = bound(blocks)
     if cold:
         drop_from_cache(path)
     forget_peak()
@@ -132,18 +122,16 @@ def encode_twice(path: Path, threads: int, budget: int | None, cold: bool) -> di
     outputs.clear()
     after = memory("VmRSS", "VmHWM")
     return {
-        "before_gb": gigabytes(before["VmRSS"]),
-        "peak_gb": gigabytes(after["VmHWM"]),
-        "peak_anonymous_gb": gigabytes(peaks["RssAnon"]),
-        "peak_file_gb": gigabytes(peaks["RssFile"]),
-        "after_gb": gigabytes(after["VmRSS"]),
-        "seconds_of_opening": [round(seconds, 2) for seconds in opening],
-        "seconds": [round(clock.seconds, 2) for clock in clocks],
-        "processor_seconds": [round(clock.processor, 2) for clock in clocks],
-        "of_linears": [round(clock.linears, 2) for clock in clocks],
-        "bound": round(dense, 2),
-        "linears_over_bound": round(min(clock.linears for clock in clocks) / dense, 2),
-        "over_bound": round(min(clock.processor for clock in clocks) / dense, 2),
+        "before": before["VmRSS"],
+        "peak": after["VmHWM"],
+        "peak_anonymous": peaks["RssAnon"],
+        "peak_file": peaks["RssFile"],
+        "after": after["VmRSS"],
+        "opening_seconds": opening,
+        "seconds": [clock.seconds for clock in clocks],
+        "processor_seconds": [clock.processor for clock in clocks],
+        "linears_seconds": [clock.linears for clock in clocks],
+        "bound": dense,
     }
 
 
@@ -185,14 +173,10 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def gigabytes(nbytes: int) -> float:
-    return round(nbytes / 1e9, 3)
-
-
-def bound() -> float:
+def bound(blocks: int = BLOCKS) -> float:
     """Processor seconds of all products of an encoding by torch in float32: the best of TRIES of each shape."""
     shapes_used = Counter(
-        shape for name, shape in shapes().items() if name.startswith("encoder.block") and len(shape) == 2
+        shape for name, shape in shapes(blocks).items() if name.startswith("encoder.block") and len(shape) == 2
     )
     total = 0.0
     for (n, k), count in shapes_used.items():
@@ -200,47 +184,3 @@ def bound() -> float:
             x, weight = torch.randn(TOKENS, k), torch.randn(n, k)
             total += count * min(timed(lambda x=x, weight=weight: x @ weight.t())[1] for _ in range(TRIES))
     return total
-
-
-def in_a_process(call: str) -> dict[str, object]:
-    """The result of a call of this module, which must be JSON."""
-    code = f"import json\nfrom flux_quant.benchmarks.text_memory import *\nprint(json.dumps({call}))"
-    done = subprocess.run([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(folder: Path, formats: list[str], threads: int, keep: bool) -> dict[str, object]:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in formats:
-        path = folder / f"t5xxl-random-{name}.gguf"
-        try:
-            nbytes = path.stat().st_size if path.exists() else make(path, name)
-            for budget, cold in CASES:
-                found = in_a_process(f"encode_twice(Path({str(path)!r}), {threads}, {budget}, {cold})")
-                head = {"format": name, "file_gb": gigabytes(nbytes), "budget_gb": budget and gigabytes(budget)}
-                rows.append(head | {"file_in_cache": not cold} | found)
-                print(rows[-1], flush=True)
-        finally:
-            if not keep:
-                path.unlink(missing_ok=True)
-    return {"tokens": TOKENS, "threads": threads, "results": rows}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--formats", nargs="+", default=["q8_0", "q4_k"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--keep", action="store_true", help="leave the files, and use those that are there")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
-    args = parser.parse_args()
-    found = measure(args.folder, args.formats, args.threads, args.keep)
-    if args.save:
-        torch.set_num_threads(args.threads)  # what the fingerprint says
-        print(f"wrote {write_result('text_memory', found)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

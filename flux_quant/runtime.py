@@ -292,6 +292,7 @@ class Residence:
             "stall": seen.stall,
             "bytes_per_second": seen.bytes_per_second,
             "predicted_step_seconds": self.plan.step,
+            "predicted_seconds": self.plan.seconds,
             "predicted_peak": self.plan.peak,
             "step_seconds": list(self.step_seconds),
             "held": self.memory.readings.held(),

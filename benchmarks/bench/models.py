@@ -16,6 +16,7 @@ from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
 from flux_quant.converters.plan import make_plan
 from flux_quant.converters.recipe import FP8, PLAIN
+from flux_quant.converters.summary import summarize
 from flux_quant.errors import UserError
 
 SOURCE = "source"  # the format of a file as it came
@@ -97,3 +98,12 @@ class Workshop:
             self.folder.cleanup()
         self.folder = None
         self.made.clear()
+
+
+@cache
+def label(source: Path, recipe: str) -> str:
+    """The recipe, or the format of most of the source's weights."""
+    if recipe != SOURCE:
+        return recipe
+    found = summarize(source).formats
+    return max(found, key=lambda name: found[name].parameters)
