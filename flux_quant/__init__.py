@@ -6,6 +6,7 @@
     flux_quant.quantize_(module, "q8_0")                     the linears of any module, packed
     flux_quant.stream_(module, vram="6GB")                   the blocks of any module, through a small GPU
     flux_quant.FluxQuantConfig("q8_0")                       a quantization_config of from_pretrained
+    flux_quant.register()                                    before folders with our packed weights are read again
 
 Importing this module loads nothing: a name's module is imported when the name is first used.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from flux_quant.frontends.generic import stream_ as stream_
     from flux_quant.frontends.pipelines import pipeline as pipeline
     from flux_quant.frontends.plugins import FluxQuantConfig as FluxQuantConfig
+    from flux_quant.frontends.plugins import register as register
     from flux_quant.frontends.transformers import load_text_encoder as load_text_encoder
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ PLACES = {  # public name -> module that has it
     "quantize_": "flux_quant.frontends.generic",
     "stream_": "flux_quant.frontends.generic",
     "FluxQuantConfig": "flux_quant.frontends.plugins",
+    "register": "flux_quant.frontends.plugins",
 }
 __all__ = [
     "FluxQuantConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "load_text_encoder",
     "pipeline",
     "quantize_",
+    "register",
     "stream_",
 ]
 

@@ -71,9 +71,10 @@ class TiledVae(nn.Module):
 
 @cache
 def tiled_vae() -> type:
+    """It is saved as what it is one of."""
     from diffusers import AutoencoderKL
 
-    return type("FluxQuantAutoencoderKL", (TiledVae, AutoencoderKL), {"__module__": __name__})
+    return type("AutoencoderKL", (TiledVae, AutoencoderKL), {"__module__": AutoencoderKL.__module__})
 
 
 def pipeline(

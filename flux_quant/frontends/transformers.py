@@ -8,6 +8,7 @@ stay in float32. With a budget of VRAM T5 stays in RAM wherever it is moved, and
 prompt is encoded.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from flux_quant.converters.checkpoint import open_checkpoint
 from flux_quant.converters.component import components, describe
 from flux_quant.errors import UserError
 from flux_quant.frontends.diffusers import Log, memory_of
+from flux_quant.frontends.plugins import attach_quantizer_, packed_layers
 from flux_quant.generation import choose_device
 from flux_quant.loading import load_clip, load_t5, open_t5
 from flux_quant.planner import phases
@@ -70,9 +72,10 @@ def moved(value: object, device: torch.device) -> object:
 
 @cache
 def streamed_t5() -> "type[T5EncoderModel]":
+    """It is saved as what it is one of."""
     from transformers import T5EncoderModel
 
-    return type("FluxQuantT5EncoderModel", (StreamedT5, T5EncoderModel), {"__module__": __name__})
+    return type("T5EncoderModel", (StreamedT5, T5EncoderModel), {"__module__": T5EncoderModel.__module__})
 
 
 def load_text_encoder(
@@ -96,9 +99,12 @@ def load_text_encoder(
     dtype = usual if dtype is None else dtype
     if kind == "clip":
         end = None if tokenizers is None else load_tokenizer(Path(tokenizers), "clip").eos_token_id
-        return nn.Module.to(load_clip(path, end), dtype)
-    memory = memory_of(place, vram, ram, log)
-    return nn.Module.to(load_t5(path) if memory is None else t5_for(path, memory), dtype)
+        model = load_clip(path, end)
+    else:
+        memory = memory_of(place, vram, ram, log)
+        model = load_t5(path) if memory is None else t5_for(path, memory)
+    attach_quantizer_(model, Counter(packed_layers(model).values()).most_common(1)[0][0])
+    return nn.Module.to(model, dtype)
 
 
 def t5_for(path: str | Path, memory: Memory) -> "T5EncoderModel":

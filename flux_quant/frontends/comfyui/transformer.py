@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.ldm.common_dit
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class Transformer(nn.Module):
         self.seat, self.dtype, self.patch_size = seat, dtype, GRID
         config = seat.engine.config
         self.in_channels, self.out_channels = config.in_channels, config.out_channels
+        for block in (*seat.engine.double_blocks, *seat.engine.single_blocks):
+            block.register_forward_pre_hook(stop_if_asked)
 
     @property
     def img_in(self) -> nn.Linear:
@@ -91,6 +94,11 @@ class Transformer(nn.Module):
         )
         rows, columns = (height + 1) // GRID, (width + 1) // GRID
         return unpack_latents(out[:, :drawn], rows, columns)[:, :, :height, :width]
+
+
+def stop_if_asked(*_: object) -> None:
+    """Between two blocks: a step on a slow machine is not waited for."""
+    throw_exception_if_processing_interrupted()
 
 
 def check_options(options: Mapping[str, Any], more: Mapping[str, Any]) -> None:
