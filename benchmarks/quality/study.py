@@ -100,12 +100,12 @@ class Study:
     @cached_property
     def floors(self) -> dict[str, tuple[dict[str, Scalar], dict[str, list[float]]]]:
         """The reference's model again, its sums in another order: values and samples of each."""
-        found = {}
+        found, reference = {}, self.reference  # which is not to be made under what is changed
         for name, changed in FLOORS.items():
             self.subject.say(f"noise floor: {name}")
             with changed():
-                outcome = self.run(self.load(Way()), self.reference)
-            found[name] = self.compared(outcome, self.reference)
+                outcome = self.run(self.load(Way()), reference)
+            found[name] = self.compared(outcome, reference)
         return found
 
     @property
@@ -172,12 +172,10 @@ class Study:
         self, outcome: Outcome, reference: Outcome, steps: Sequence[int] | None = None
     ) -> tuple[dict[str, Scalar], dict[str, list[float]]]:
         """Values and samples of one run at the beginning of those steps, of all or the first prompts."""
-        values: dict[str, Scalar] = {}
         errors = figures.relative_errors(outcome.velocities, reference.velocities)
         samples = {"velocity_error": errors.mean(dim=0).tolist()}
         for step, row in zip(self.steps if steps is None else steps, errors.tolist(), strict=True):
             samples[f"velocity_error_step_{step + 1}"] = row
-            values |= figures.summary(f"velocity_error_step_{step + 1}", row, worst=False)
         if outcome.way is not None and self.subject.draws:
             cosines = figures.cosines(outcome.way, reference.way)
             samples |= {"cosine_last": cosines[-1].tolist(), "cosine_by_step": cosines.mean(dim=1).tolist()}
@@ -185,9 +183,10 @@ class Study:
             samples |= pictured(found, self.pictures[: len(found)])
             if self.judge[0] is not None and len(found) == len(self.pictures):  # fewer say too little
                 samples["accuracy"] = self.judge[0].right(found, SHIPPED[: len(found)])
-        for name in figures.WORSE:
-            if name in samples:
-                values |= figures.summary(name, samples[name], worst=name != "accuracy")
+        by_step = [name for name in samples if name.startswith("velocity_error_step_")]
+        values: dict[str, Scalar] = {}
+        for name in (*(name for name in figures.WORSE if name in samples), *by_step):
+            values |= figures.summary(name, samples[name], worst=name in figures.WORSE and name != "accuracy")
         return values, samples
 
     def note(self) -> str:
