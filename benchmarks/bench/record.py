@@ -61,11 +61,11 @@ class Row:
         return median(self.samples[name]) if self.samples.get(name) else None
 
     def unstable(self) -> list[str]:
-        """Kinds of samples that scatter too much to be believed, each with its reason."""
+        """Times that scatter too much to be believed, each with its reason. Other samples differ by their nature."""
         found = []
         for name, samples in self.samples.items():
             middle = median(samples) if samples else 0
-            if len(samples) < 3 or not middle:
+            if not name.endswith("seconds") or len(samples) < 3 or not middle:
                 continue
             low, _, high = quantiles(samples, n=4, method="inclusive")
             if (high - low) / middle > SPREAD:
