@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 from dataclasses import astuple
+from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ COLOURS = (
     "#c2569b",
     "#4aa3a8",
 )  # on white or black
-MOST_TICKS = 10
+MOST_TICKS, LONGEST = 10, 36  # places with their own tick; characters of a name
 DECADES = 20  # between the highest and the lowest point: from here on the scale is logarithmic
 INK = "#010203"  # becomes the colour of the page's text
 LINES = {  # kind -> how its points and the lines between them look
@@ -87,8 +88,9 @@ def as_file(plot: Plot) -> str:
     return f'{svg[:opened]}<rect width="100%" height="100%" fill="#ffffff"/>{svg[opened:]}\n'
 
 
+@lru_cache(maxsize=64)
 def draw(plot: Plot) -> str:
-    """An `<svg>` element without width and height."""
+    """An `<svg>` element without width and height. A page and its Markdown have the same ones."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -159,7 +161,7 @@ def draw_bars(axes: "Axes", plot: Plot) -> None:
         colour, hatch = colour_of(one.name, plot), HATCHES.get(one.kind)
         fill = "none" if hatch else colour
         axes.barh(places, [y for _, y in one.points], height, color=fill, edgecolor=colour, hatch=hatch)
-    axes.set_yticks(range(len(plot.names)), plot.names)
+    axes.set_yticks(range(len(plot.names)), [plain(name) for name in plot.names])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlabel(plot.y)
@@ -187,5 +189,6 @@ def look(kind: str, plot: Plot) -> dict[str, object]:
 
 
 def plain(name: str) -> str:
-    """Without what matplotlib reads as mathematics, or as no name at all."""
+    """Without what matplotlib reads as mathematics, or as no name at all; cut where it would leave no room."""
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
     return name.replace("$", r"\$").lstrip("_") or "?"

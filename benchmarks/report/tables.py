@@ -196,7 +196,7 @@ def build(title: str, rows: Sequence[Numbered], above: Iterable[str] = ()) -> li
         *all_rows(same),
         *floors(rows),
         *unstable_notes(rows),
-        *(f"{note}." for note in told - {""} if not remarks),
+        *(f"{note[0].upper()}{note[1:]}." for note in told - {""} if not remarks),
     ]
     fields = [*head, *figures, *memory, *remarks]
     if len(fields) <= WIDE or len(memory) < OWN_TABLE or not figures:
