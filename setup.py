@@ -44,7 +44,7 @@ setup(
         "flux_quant.benchmarks": "benchmarks",
     },
     package_data={
-        "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "json", "txt", "model", "md")],
+        "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "gguf", "json", "txt", "model", "md")],
         "flux_quant.frontends.comfyui": ["workflows/*.json"],
         "flux_quant.benchmarks": ["results/*.json", "results/*/*.json"],
         "flux_quant.benchmarks.report": ["templates/*"],
