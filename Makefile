@@ -8,6 +8,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton==3.6.0
 # Options of the command a target runs, as in `make test ARGS="-k formats"`.
 ARGS ?=
+# What `make bench` may take, less what the report needs; where results are kept.
+MINUTES ?= 13
+RESULTS = benchmarks/results
 # Not empty: use the packages of $(PYTHON) as they are and install flux_quant alone, for an image without a network.
 PREINSTALLED ?=
 
@@ -19,7 +22,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP = $(VENV)/installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test check style bench gpu triton clean
+.PHONY: help demo test check style bench report gpu triton clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,8 +42,14 @@ style: $(STAMP) ## fix what `check` finds
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## time every format on this machine
-	$(BIN)/python -I -m flux_quant.benchmarks.formats $(ARGS)
+bench: $(STAMP) ## measure this machine in less than 15 minutes, write benchmarks/results/, then docs/report/
+	$(BIN)/flux-quant bench --minutes $(MINUTES) --output $(RESULTS) $(ARGS)
+	$(MAKE) report
+
+report: $(STAMP) ## make docs/report/ and the tables of README.md from benchmarks/results/
+	$(BIN)/flux-quant report $(RESULTS) --force -o docs/report/report.html
+	$(BIN)/flux-quant report $(RESULTS) --force -o docs/report/report.md
+	$(BIN)/python -I -m flux_quant.benchmarks.readme
 
 gpu: $(STAMP) ## run the GPU suite, write benchmarks/results/; without CUDA an error unless ARGS=--allow-skip
 	$(BIN)/python -I -m flux_quant.benchmarks.gpu $(ARGS)

@@ -12,7 +12,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
+from flux_quant.benchmarks.bench.earlier import load
+from flux_quant.benchmarks.bench.record import MEASURED, Row, Run
 from flux_quant.benchmarks.make_full_size import infos
 from flux_quant.converters.mixes import BASES
 from flux_quant.converters.recipe import build
@@ -105,23 +108,52 @@ def flux_bytes(recipe: str) -> int:
     return sum(FORMATS[name].nbytes(shape) for name, shape in chosen)
 
 
-def conversion_table(results: dict) -> str:
-    sizes = [f"{source['bytes'] / 1e9:.1f} GB" for source in results["sources"]]
-    lines = ["| format | " + " | ".join(f"{size}: seconds | times `cp` | memory" for size in sizes) + " |"]
-    lines.append("|---|" + "---:|---:|---:|" * len(sizes))
-    for rows in zip(*(source["results"] for source in results["sources"]), strict=True):
-        cells = [f"{row['seconds']:.0f} | {row['times_cp']:.2f} | {row['memory_gb']:.2f} GB" for row in rows]
-        lines.append(f"| {rows[0]['format']} | " + " | ".join(cells) + " |")
-    copies = " and ".join(f"{source['cp_seconds']:.0f} s" for source in results["sources"])
-    place = f"{results['threads']} threads of {results['machine']['processor']}"
-    return "\n".join([*lines, "", f"`cp` took {copies}; {place}, {results['machine']['date'][:10]}."])
+LARGE = 5e9  # bytes: smaller sources tell little of conversion
 
 
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name -> result files (glob), table
-    "demo": ("demo.json", demo_table),
-    "tiny_flux": ("tiny_flux.json", tiny_table),
-    "formats": ("cpu-*/*-quantizers.json", formats_table),
-    "conversion": ("cpu-*/*-conversion.json", conversion_table),
+def conversion_table(run: Run) -> str:
+    """Formats by sources, the largest first; medians."""
+    cells = {(row.what["format"], row.values["source_bytes"]): row for row in large_sources(run)}
+    sources = sorted({nbytes for _, nbytes in cells}, reverse=True)
+    heads = [f"{nbytes / 1e9:.1f} GB: seconds | times `cp` | memory" for nbytes in sources]
+    lines = ["| format | " + " | ".join(heads) + " |", "|---|" + "---:|---:|---:|" * len(sources)]
+    for name in dict.fromkeys(name for name, _ in cells):
+        found = (cells.get((name, nbytes)) for nbytes in sources)
+        lines.append(f"| {name} | " + " | ".join(map(conversion_cells, found)) + " |")
+    copies: dict[int, list[float]] = {nbytes: [] for nbytes in sources}
+    for (_, nbytes), row in cells.items():
+        copies[nbytes] += row.samples["cp_seconds"]
+    times = " and ".join(f"{median(seconds):.0f} s" for seconds in copies.values())
+    place = f"{run.machine['threads']} threads of {run.machine['processor']}"
+    return "\n".join([*lines, "", f"`cp` took {times}; {place}, {run.machine['date'][:10]}."])
+
+
+def conversion_cells(row: Row | None) -> str:
+    if row is None:
+        return " | | "
+    return f"{row.seconds():.0f} | {row.seconds('times_cp'):.2f} | {row.memory['host_rss'] / 1e9:.2f} GB"
+
+
+def large_sources(run: Run) -> list[Row]:
+    return [row for row in run.rows if row.status == MEASURED and row.values["source_bytes"] >= LARGE]
+
+
+def newest(pattern: str) -> dict:
+    """The last of the results whose names fit."""
+    return max(map(json.loads, (path.read_text() for path in RESULTS.glob(pattern))), key=date_of)
+
+
+def newest_conversion() -> Run:
+    """The last one of sources that are large."""
+    runs = (load(path) for path in RESULTS.glob("cpu-*/*-conver*.json"))
+    return max((run for run in runs if large_sources(run)), key=lambda run: run.date)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": lambda: demo_table(newest("demo.json")),
+    "tiny_flux": lambda: tiny_table(newest("tiny_flux.json")),
+    "formats": lambda: formats_table(newest("cpu-*/*-quantizers.json")),
+    "conversion": lambda: conversion_table(newest_conversion()),
 }
 
 
@@ -131,9 +163,7 @@ def filled(text: str) -> str:
     def fill(found: re.Match) -> str:
         if found[1] not in TABLES:
             raise ValueError(f"README.md asks for the table {found[1]}, there are {', '.join(TABLES)}")
-        pattern, table = TABLES[found[1]]
-        newest = max(map(json.loads, (path.read_text() for path in RESULTS.glob(pattern))), key=date_of)
-        return f"<!-- table: {found[1]} -->\n{table(newest)}\n<!-- end -->"
+        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 

@@ -29,16 +29,19 @@ STEPS = 5
 SMALL = dict(DEV, hidden=256, mlp=1024, context=256, head_dim=64)
 
 
-def inputs(config: FluxConfig, size: int, words: int, device: torch.device, dtype: torch.dtype) -> tuple:
-    side = size // 16
+def inputs(
+    config: FluxConfig, size: int | tuple[int, int], words: int, device: torch.device, dtype: torch.dtype
+) -> tuple:
+    """size: of a square picture, or width and height."""
+    columns, rows = (side // 16 for side in (size if isinstance(size, tuple) else (size, size)))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     one = torch.ones(1, device=device)
-    tokens = random(1, side * side, config.in_channels), random(1, words, config.context), random(1, config.pooled)
-    return *tokens, one * 0.5, image_ids(side, side, device), text_ids(words, device), one * 3.5
+    tokens = random(1, rows * columns, config.in_channels), random(1, words, config.context), random(1, config.pooled)
+    return *tokens, one * 0.5, image_ids(rows, columns, device), text_ids(words, device), one * 3.5
 
 
 def seconds_of(model: Flux, arguments: tuple, device: torch.device) -> list[float]:

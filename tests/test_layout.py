@@ -58,7 +58,7 @@ LIBRARIES = {  # library -> where it may be imported
 }
 RUNNERS = "flux_quant.benchmarks.peers.runners"
 RIVALS = {  # what a benchmark measures itself against
-    ("flux_quant.benchmarks.cpu_linear", "gguf"),
+    ("flux_quant.benchmarks.bench.kernels", "gguf"),
     *((f"{RUNNERS}.{runner}", "gguf") for runner in ("diffusers_gguf", "ggml", "gguf_py")),
     *((f"{RUNNERS}.{runner}", "safetensors") for runner in ("ggml", "gguf_py")),
 }

@@ -15,22 +15,8 @@ from flux_quant.errors import UserError
 from flux_quant.planner.memory import parse_amount
 
 NAMES = {"conversion": "convert", "text_memory": "text", "cpu_linear": "kernels"}  # script -> suite of today
-WHAT = {
-    "size",
-    "batch",
-    "width",
-    "height",
-    "words",
-    "rows",
-    "n",
-    "k",
-    "m",
-    "threads",
-    "steps",
-    "layers",
-    "tiles",
-    "copy",
-}
+WHAT = {"size", "batch", "width", "height", "words", "rows", "n", "k", "m", "threads", "steps", "layers"}
+WHAT |= {"tiles", "budget_gb"}
 MEMORY = {  # names of bytes -> of `Row.memory`
     "peak_vram": "allocated",
     "peak_allocated": "allocated",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flux_quant.benchmarks import kernels as layers
 from flux_quant.benchmarks.bench.prepared import Prepared, Sampled
-from flux_quant.benchmarks.bench.record import OURS, Row
+from flux_quant.benchmarks.bench.record import OURS, Row, Scalar
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
 from flux_quant.benchmarks.kernels import Shape, eager_weight, eighth, file_form, ours, product, unpacking
 from flux_quant.benchmarks.random_weights import PLAIN
@@ -188,4 +188,8 @@ def product_bound(asked: Asked, flops: float, moved: int) -> dict[str, object]:
     return {"bound_seconds": seconds, "bound_by": by}
 
 
-SUITE = Suite("kernels", "weights unpacked and multiplied on this device, beside what others do", cases)
+def weights(asked: Asked) -> dict[str, Scalar]:
+    return {"kind": "random", "name": "random weights"}
+
+
+SUITE = Suite("kernels", "weights unpacked and multiplied on this device, beside what others do", cases, weights)

@@ -57,8 +57,12 @@ class Runner:
         self.watcher.begins(self.run.suite, len(cases))
         write_run(self.run, self.path)
         for group in groups(cases):
-            if not (self.resume and all(self.known(case) for case in group)):
-                self.measure_group(group)
+            try:
+                if not (self.resume and all(self.known(case) for case in group)):
+                    self.measure_group(group)
+            finally:
+                for case in group:
+                    case.close()
 
     def known(self, case: Case) -> bool:
         """Whether an earlier run has it. What was skipped is tried again."""
@@ -84,9 +88,6 @@ class Runner:
         except BaseException:
             self.keep(group, {i: interrupted(row) for i, row in taken.items() if row.status != SKIPPED})
             raise
-        finally:
-            for case in group:
-                case.close()
 
     def call(self, case: Case, first: bool) -> Row:
         needs = case.needs * (TURNS if case.group and first else 1)

@@ -1,5 +1,6 @@
 """One call of `flux-quant bench`: the machine is told and measured once, then each suite writes its file."""
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -51,32 +52,33 @@ class Session:
         until = time.monotonic() + self.seconds
         device = torch.device(self.asked.device)
         machine = fingerprint() | limits.under_load(device) | ({"note": self.note} if self.note else {})
-        weights = models.weights_of(self.asked)
         self.folder.mkdir(parents=True, exist_ok=True)
         can = limits.measure(device, self.folder, self.asked.quick)
         for number, suite in enumerate(suites):
             share = (until - time.monotonic()) / (len(suites) - number)
-            run, path = self.begun(suite.name, machine, weights, can)
+            run, path = self.begun(suite, machine, can)
             asked = replace(self.asked, limits=can, seconds=share)
             runner = Runner(run, path, asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
             runner.watcher = self.watcher
             runner.measure(list(suite.cases(asked)))
             yield run, path
 
-    def begun(self, suite: str, machine: dict, weights: dict, can: dict) -> tuple[Run, Path]:
+    def begun(self, suite: Suite, machine: dict, can: dict) -> tuple[Run, Path]:
         """A new run, with the rows of an earlier one of the day that it resumes."""
-        path = self.path(suite, str(machine["date"])[:10], weights)
-        run = Run(suite, " ".join(["flux-quant", *sys.argv[1:]]), now(), weights, machine, can)
+        weights = (suite.weights or models.weights_of)(self.asked)
+        path = self.path(suite.name, str(machine["date"])[:10])
+        run = Run(suite.name, shlex.join(["flux-quant", *sys.argv[1:]]), now(), weights, machine, can)
         if self.resume and path.exists():
             earlier = read_run(path)
             if same(earlier, run):
                 run.rows = earlier.rows
         return run, path
 
-    def path(self, suite: str, date: str, weights: dict) -> Path:
+    def path(self, suite: str, date: str) -> Path:
         """Of one suite there is a file a day for each kind of weights, and one for a quick look."""
-        kind = {"shipped": "", "random": "-random"}.get(weights["kind"], f"-{slug(Path(weights['name']).stem)}")
-        return result_path(f"{suite}{kind}{'-quick' if self.asked.quick else ''}", self.folder, date)
+        asked = self.asked
+        kind = "-random" if asked.random else f"-{slug(asked.model.stem)}" if asked.model else ""
+        return result_path(f"{suite}{kind}{'-quick' if asked.quick else ''}", self.folder, date)
 
     def base(self, suite: str) -> str:
         asked = self.asked

@@ -46,7 +46,8 @@ class Case:
             one sample of a kind, or more; all are kept, of `values` those of the last call, of `memory` the most.
             Without a group `work` is called once and takes its own samples. Warming up is `work`'s own affair, in its
             first call.
-    close:  called when nothing of the group is called any more: what `work` had kept is let go
+    close:  called when nothing of the group is called any more, also where a resumed run did not call it at all: what
+            `work` had kept is let go
     """
 
     what: dict[str, Scalar]
@@ -63,3 +64,4 @@ class Suite:
     name: str
     about: str  # one line for `flux-quant bench --help`
     cases: Callable[[Asked], Iterable[Case]]
+    weights: Callable[[Asked], dict[str, Scalar]] | None = None  # `Run.weights`, where it is not what `Asked` says

@@ -20,7 +20,7 @@ import torch
 from flux_quant.benchmarks import text_memory
 from flux_quant.benchmarks.bench import models
 from flux_quant.benchmarks.bench.convert import check_room, last_line
-from flux_quant.benchmarks.bench.record import Row
+from flux_quant.benchmarks.bench.record import Row, Scalar
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite, nothing
 from flux_quant.benchmarks.text_memory import BUDGET, PRECISE, TABLES, TOKENS, shapes
 from flux_quant.components import choose
@@ -129,4 +129,11 @@ class Encodings:
         return json.loads(done.stdout.splitlines()[-1])
 
 
-SUITE = Suite("text", "T5-XXL on the processor: seconds, memory", cases)
+def weights(asked: Asked) -> dict[str, Scalar]:
+    if asked.model is not None:
+        path = encoders(asked)[0].path
+        return {"kind": "file", "name": path.name, "bytes": path.stat().st_size, "sha256": models.sha256(path)}
+    return {"kind": "random", "name": "random weights of T5-XXL's shapes"}
+
+
+SUITE = Suite("text", "T5-XXL on the processor: seconds, memory", cases, weights)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from flux_quant.benchmarks.bench.published import REPORTS, Report
-from flux_quant.benchmarks.bench.record import PREDICTED, REPORTED, Row
+from flux_quant.benchmarks.bench.record import PREDICTED, REPORTED, Row, Scalar
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
 from flux_quant.benchmarks.bench.sweep import named_size
 from flux_quant.benchmarks.make_full_size import infos
@@ -178,4 +178,8 @@ def report_case(report: Report) -> Case:
     return Case(what, lambda: Row(values=values, status=REPORTED, note=report.note), subject=report.program)
 
 
-SUITE = Suite("tiers", "what cards of 4 to 24 GB would do, predicted; what users report of them", cases)
+def weights(asked: Asked) -> dict[str, Scalar]:
+    return {"kind": "shapes", "name": "FLUX.1's shapes"}
+
+
+SUITE = Suite("tiers", "what cards of 4 to 24 GB would do, predicted; what users report of them", cases, weights)
