@@ -48,8 +48,10 @@ def lpips_obstacle() -> str:
     """Why `lpips` cannot be computed here; empty if it can. Nothing is ever downloaded."""
     try:
         import lpips  # noqa: F401
-    except ImportError:
-        return "LPIPS left out: the package lpips is not installed"
+    except ModuleNotFoundError as error:
+        return f"LPIPS left out: the package {error.name} is not installed"
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch
+        return f"LPIPS left out: the package lpips does not load ({str(error).splitlines()[0]})"
     backbone = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     return "" if backbone.is_file() else f"LPIPS left out: the weights of its backbone are not at {backbone}"
 

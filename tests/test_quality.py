@@ -26,7 +26,7 @@ from flux_quant.loading import load_flux
 
 @pytest.fixture(scope="module")
 def bundled() -> Iterator[Study]:
-    """Three prompts, four steps; the emoji of the judge take too long to render here. Floors come first, as in a run."""
+    """Three prompts, four steps; the judge's emoji take too long to render here. Floors come first, as in a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "open_judge", lambda: (None, "no judge"))
         made = Study(Subject(Asked(quick=True)))

@@ -1,12 +1,17 @@
-"""Metrics against outside judges and by hand; intervals; captions."""
+"""Metrics against outside judges and by hand; intervals; captions; the tables of the document."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from flux_quant.benchmarks import metrics
-from flux_quant.benchmarks.quality import figures
-from flux_quant.benchmarks.quality.prompts import NAMES, REAL, SHIPPED, by_rule
+from flux_quant.benchmarks.bench.record import read_run
+from flux_quant.benchmarks.machine import newest_result
+from flux_quant.benchmarks.quality import figures, table
+from flux_quant.benchmarks.quality.prompts import NAMES, PLACES, REAL, SHIPPED, Wanted, by_rule
 from flux_quant.benchmarks.quality.retrieval import Judge, open_judge
 from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld, Scene
 
@@ -43,13 +48,16 @@ def test_ssim_by_hand():
 
 
 def test_lpips_says_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    pytest.importorskip("lpips")
+    if (reason := metrics.lpips_obstacle()) and "weights of its backbone" not in reason:
+        pytest.skip(reason)
+    from torchvision.models import alexnet
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "weights of its backbone" in metrics.lpips_obstacle()
     file = tmp_path / "checkpoints" / metrics.BACKBONE
     file.parent.mkdir()
     torch.manual_seed(0)
-    torch.save(pytest.importorskip("torchvision").models.alexnet().state_dict(), file)
+    torch.save(alexnet().state_dict(), file)
     assert metrics.lpips_obstacle() == ""
     metrics.lpips_model.cache_clear()
     a, b = pictures(3, 3, 48, 32, noise=0.2)
@@ -106,8 +114,32 @@ def test_captions_follow_their_rule(judge: Judge):
     assert len(set(REAL)) == len(REAL) == 10
 
 
+def test_judge_counts_what_was_wanted():
+    """On drawn stand-ins for emoji: bars at three places, each under the name it is asked for by, then by others."""
+    world = EmojiWorld.__new__(EmojiWorld)
+    world.names, world.bitmaps = ["left bar", "middle bar", "right bar"], []
+    for i in range(3):
+        world.bitmaps.append(Image.new("RGBA", (136, 128)))
+        ImageDraw.Draw(world.bitmaps[-1]).rectangle((10 + 40 * i, 10, 30 + 40 * i, 100 - 20 * i), fill="navy")
+    wanted = [Wanted(name, *place) for name in world.names for place in PLACES]
+    scenes = [Scene(i // 2, w.size, w.position, w.colour, False, 0) for i, w in enumerate(wanted)]
+    drawn = torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).permute(0, 3, 1, 2)
+    judge = Judge(world)
+    assert judge.right(drawn, wanted) == [1.0] * 6
+    assert judge.right(drawn[[2, 1, 0, 3, 4, 5]], wanted) == [0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    assert len(judge.kept) == 2
+
+
 def test_judge_without_font_or_fonttools(monkeypatch: pytest.MonkeyPatch):
     for error, reason in ((ImportError(), "fonttools"), (FileNotFoundError(), "NotoColorEmoji")):
         monkeypatch.setattr(EmojiWorld, "__init__", lambda self, error=error: (_ for _ in ()).throw(error))
         found, why = open_judge()
         assert found is None and reason in why
+
+
+def test_the_document_has_the_newest_results():
+    text = (Path(__file__).parents[1] / "docs" / "quality.md").read_text()
+    path = newest_result("quality", machine="cpu")
+    assert path.name in text
+    for line in table.tables(read_run(path)):
+        assert line in text

@@ -4,7 +4,6 @@ One format's file exists at a time, in a temporary folder (TMPDIR). Models are m
 exchanged for the scan costs no memory.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +22,11 @@ from flux_quant.benchmarks.quality.prompts import SHIPPED
 from flux_quant.benchmarks.quality.retrieval import Judge, open_judge
 from flux_quant.benchmarks.quality.runs import Outcome, joined, placed, velocities, walk, watched
 from flux_quant.benchmarks.quality.subject import Subject
+from flux_quant.benchmarks.quality.weights import weight_figures
 from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run as convert
-from flux_quant.converters.mixes import ALIASES, BASES
 from flux_quant.converters.plan import make_plan
-from flux_quant.converters.quantize import Deviation
-from flux_quant.converters.verify import diff
 from flux_quant.drawing.vae import LATENT_SCALE, LATENT_SHIFT, decode
-from flux_quant.errors import UserError
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.model import Flux, unpack_latents
 
@@ -237,27 +233,3 @@ def pictured(found: Tensor, expected: Tensor) -> dict[str, list[float]]:
 def with_block(model: Flux, other: Flux, block: str) -> Flux:
     model.set_submodule(block, other.get_submodule(block))
     return model
-
-
-def weight_figures(source: Path, target: Path) -> dict[str, Scalar]:
-    """Of the tensors whose values changed; the bits are those of the whole file."""
-    rows = diff(source, target).rows
-    changed = {row.name: row.deviation for row in rows if row.deviation is not None and row.deviation.noise}
-    nbytes = os.path.getsize(target)
-    parameters = sum(prod(row.shape) for row in rows)
-    out: dict[str, Scalar] = {"file_bytes": nbytes, "bits_per_weight": 8 * nbytes / parameters}
-    if changed:
-        worst = min(changed, key=lambda name: changed[name].snr)
-        out |= {
-            "weight_snr_db": sum(changed.values(), Deviation()).snr,
-            "weight_snr_db_worst": changed[worst].snr,
-            "weight_worst_tensor": worst,
-        }
-    return out
-
-
-def check_formats(names: Sequence[str]) -> None:
-    """UserError for a name that is no format of a transformer."""
-    known = (*BASES, *ALIASES, "fp8")
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"format {unknown[0]} is unknown; choose among {', '.join(known)}")

@@ -27,12 +27,14 @@ Values. An interval is the 95 % bootstrap interval over prompts; every prompt's 
 Image figures are of trained weights alone: for random ones weight SNR and velocity error are what means anything.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flux_quant.benchmarks.bench.record import Row, Scalar
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite, nothing
-from flux_quant.benchmarks.quality.study import FLOORS, Study, Way, check_formats
+from flux_quant.benchmarks.quality.study import FLOORS, Study, Way
 from flux_quant.benchmarks.quality.subject import Subject
+from flux_quant.converters.mixes import ALIASES, BASES
+from flux_quant.errors import UserError
 
 FORMATS = (
     "bf16",
@@ -57,6 +59,13 @@ OTHER_WAYS = (  # beside a format in its usual way, where that format is asked f
 QUICK = ("q8_0", "q4_0")
 SCANNED = "q4_k_s"  # block by block, unless formats are asked for
 SECONDS = 10.0  # of a row of the bundled model on two cores
+
+
+def check_formats(names: Sequence[str]) -> None:
+    """UserError for a name that is no format of a transformer."""
+    known = (*BASES, *ALIASES, "fp8")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"format {unknown[0]} is unknown; choose among {', '.join(known)}")
 
 
 def ways(asked: Asked) -> list[Way]:
