@@ -184,7 +184,7 @@ def test_odd_rows(suite, rows):
 
 def test_other_files_are_named_in_folders_and_refused_alone(tmp_path):
     write_run(run("step", report_runs.step_rows()), tmp_path / "card" / "a.json")
-    (tmp_path / "card" / "old.json").write_text(json.dumps({"suite": "conversion", "machine": {}}))
+    (tmp_path / "card" / "old.json").write_text(json.dumps({"suite": "demo", "formats": []}))
     (tmp_path / "card" / "text.json").write_text("no json")
     seen = gather([tmp_path])
     assert [source.name for source in seen.sources] == [f"{tmp_path.name}/card/a.json"]
@@ -242,6 +242,7 @@ def test_samples_that_are_no_numbers_are_left_out(tmp_path):
         ("psnr_db_floor", float("inf"), "∞"),
         ("pinned_gb_per_s", 24.5, "24.5 GB/s"),
         ("cosine_last", 0.99964, "0.99964"),
+        ("times_cp", 0.95123, "0.951"),
         ("resident_share", 0.21, "21%"),
         ("fits", False, "no"),
         ("anything", None, "-"),

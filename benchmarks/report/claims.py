@@ -6,9 +6,10 @@ from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, PREDICT
 from flux_quant.benchmarks.report.inputs import Numbered, is_number, machine_name, model_name, tier_of
 from flux_quant.benchmarks.report.model import Line
 from flux_quant.benchmarks.report.tables import CARD, SPLITTERS, of_a_card
-from flux_quant.benchmarks.report.words import NONE, TIERS, USUAL, listed, marked, number, show, show_what, unstable
+from flux_quant.benchmarks.report.words import NONE, TIERS, USUAL, listed, marked, number, show, show_what
 
 HEADLINES = ("image", "step", "tiers", "convert", "quality")  # the first suite that has rows of a status speaks for it
+NOUNS = {"image": " a picture", "step": " a step", "convert": " to convert"}  # what times of suites are of
 FIGURES = {  # what a claim without a time says
     "psnr_db": "PSNR of pictures",
     "velocity_error": "velocity error",
@@ -41,7 +42,8 @@ def claim(rows: Sequence[Numbered], status: str) -> str:
     formats = [format_claim(n, status) for n in reversed(best.values())]
     formats = [*formats[:MOST], *([f"{len(formats) - MOST} more formats"] if len(formats) > MOST else [])]
     head = ", ".join(filter(None, (model_name(first.source.run), show_case(case))))
-    return f"{head}: {listed(formats)}; {basis(first, status)}."
+    noun = NOUNS.get(first.source.run.suite, "") if status != EMULATED else ""
+    return f"{head}: {listed(formats)}{noun}; {basis(first, status)}."
 
 
 def predicted_seconds(numbered: Numbered) -> float:
@@ -97,6 +99,6 @@ def summary(rows: Iterable[Numbered]) -> str:
         counts[numbered.row.status] = counts.get(numbered.row.status, 0) + 1
     skipped = counts.pop(SKIPPED, 0)
     parts = [f"{count} {status}" for status, count in counts.items()]
-    shaky = sum(bool(unstable(numbered.row)) for numbered in everything)
+    shaky = sum(bool(numbered.row.unstable()) for numbered in everything)
     parts += [f"{skipped} that did not run"] if skipped else []
     return f"{len(everything)} rows: {listed(parts)}; {shaky} unstable." if everything else "There are no rows."

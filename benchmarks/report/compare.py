@@ -27,9 +27,9 @@ from flux_quant.benchmarks.report.words import (
     label,
     listed,
     marked,
+    sampled,
     show,
     show_what,
-    unstable,
 )
 from flux_quant.errors import UserError
 
@@ -133,7 +133,7 @@ def by_key(found: Found, across_machines: bool) -> dict[tuple[str, ...], Numbere
 def changes_of(a: Numbered, b: Numbered) -> Iterator[Change]:
     if SKIPPED in (a.row.status, b.row.status):
         return
-    for name in filter(is_time, a.row.samples):
+    for name in sampled(a.row):
         medians = a.row.seconds(name), b.row.seconds(name)
         if a.row.status == b.row.status and medians[0] and medians[1] is not None:
             yield Change(a, b, name, medians, *ratio(a.row.samples[name], b.row.samples[name]))
@@ -158,7 +158,7 @@ def changes_tables(changes: Sequence[Change]) -> tuple[Table, ...]:
                 f"{len(change.a.row.samples[change.name])} and {len(change.b.row.samples[change.name])}",
             ),
             change.b.row.status,
-            unstable=bool(unstable(change.a.row) or unstable(change.b.row)),
+            unstable=bool(change.a.row.unstable() or change.b.row.unstable()),
         )
         for change in ordered
     )

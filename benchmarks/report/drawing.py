@@ -155,12 +155,17 @@ def name_points(axes: "Axes", plot: Plot) -> None:
 
 def draw_bars(axes: "Axes", plot: Plot) -> None:
     """Lying bars, the first name on top; a group for each name."""
-    height = 0.8 / len(plot.series)
-    for i, one in enumerate(plot.series):
-        places = [x + (i - (len(plot.series) - 1) / 2) * height for x, _ in one.points]
+    stacked = [one for one in plot.series if one.kind != BOUND]
+    height = 0.8 / max(1, len(stacked))
+    for i, one in enumerate(stacked):
+        places = [x + (i - (len(stacked) - 1) / 2) * height for x, _ in one.points]
         colour, hatch = colour_of(one.name, plot), HATCHES.get(one.kind)
         fill = "none" if hatch else colour
         axes.barh(places, [y for _, y in one.points], height, color=fill, edgecolor=colour, hatch=hatch)
+    for one in plot.series:
+        if one.kind == BOUND:
+            xs, ys = zip(*one.points, strict=True)
+            axes.plot(ys, xs, color=INK, marker="|", markersize=14, linestyle="none")
     axes.set_yticks(range(len(plot.names)), [plain(name) for name in plot.names])
     axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 
-from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, PREDICTED, REPORTED, SKIPPED, Row, Run, read_run
+from flux_quant.benchmarks.bench.earlier import load
+from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, PREDICTED, REPORTED, SKIPPED, Row, Run
 from flux_quant.benchmarks.report.words import TIERS, budget, show
 from flux_quant.errors import UserError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+WITHIN_TIERS = ("image", "step")  # suites of what runs within the memory of a card, or without one
+CPU_ONLY = "CPU only"
+EARLIER = "earlier"  # kind of weights of results that are of a script and no suite
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 STATUSES = (MEASURED, EMULATED, PREDICTED, REPORTED, SKIPPED)
 
@@ -72,8 +76,9 @@ def gather_folder(folder: Path, found: Found) -> None:
 
 
 def read_checked(path: Path) -> Run:
-    """`read_run`, and every field of the type it is documented with; samples without what is no number."""
-    run = read_run(path)
+    """Of `flux-quant bench` or an earlier script; every field of the type it is documented with, samples without what
+    is no number."""
+    run = load(path)
     sound = isinstance(run.suite, str) and isinstance(run.command, str) and isinstance(run.date, str)
     if not sound or not all(isinstance(part, dict) for part in (run.weights, run.machine, run.limits)):
         raise UserError(f"{path} is no result of a benchmark: suite, command, date, weights, machine or limits")
@@ -139,12 +144,16 @@ def machine_name(run: Run) -> str:
 
 def model_name(run: Run) -> str:
     name, kind = run.weights.get("name"), run.weights.get("kind")
+    if kind == EARLIER:
+        return ""
     return "shipped model" if kind == "shipped" else str(name or kind or "unnamed weights")
 
 
 def tier_of(numbered: Numbered) -> str:
-    """8 GB, or CPU only; nothing for a row without a limit on memory."""
+    """8 GB, or CPU only; nothing for a row without a limit on memory, but of a machine that has no card."""
     what = numbered.row.what
     name = next((name for name in TIERS if what.get(name) is not None), "")
+    if not name and numbered.source.run.suite in WITHIN_TIERS and machine_name(numbered.source.run).startswith("CPU "):
+        return CPU_ONLY
     nbytes = budget(what.get(name))
-    return str(what.get(name, "")) if nbytes is None else "CPU only" if nbytes == 0 else show("vram", nbytes)
+    return str(what.get(name, "")) if nbytes is None else CPU_ONLY if nbytes == 0 else show("vram", nbytes)

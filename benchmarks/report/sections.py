@@ -4,8 +4,18 @@ from collections.abc import Sequence
 
 from flux_quant.benchmarks.bench.record import PREDICTED, REPORTED, SKIPPED, Row
 from flux_quant.benchmarks.report import tables
-from flux_quant.benchmarks.report.claims import claims, summary
-from flux_quant.benchmarks.report.inputs import Found, Numbered, Source, latest, machine_name, number_rows, tier_of
+from flux_quant.benchmarks.report.claims import HEADLINES, claims, summary
+from flux_quant.benchmarks.report.inputs import (
+    CPU_ONLY,
+    EARLIER,
+    Found,
+    Numbered,
+    Source,
+    latest,
+    machine_name,
+    number_rows,
+    tier_of,
+)
 from flux_quant.benchmarks.report.model import Report, Section, Table
 from flux_quant.benchmarks.report.pictures import read_pictures
 from flux_quant.benchmarks.report.series import plots
@@ -36,6 +46,10 @@ KINDS = {  # (name, value) -> heading
     ("work", "linear"): "Linear layers",
     ("work", "offload"): "Less memory than the model needs",
 }
+ABOUT_SCRIPTS = (
+    "Of scripts that are no suites of flux-quant bench. What their figures mean stands at the beginning of the script "
+    "in benchmarks/ that the file is named after."
+)
 ABOUT_TIERS = (
     "Times, predictions and bounds are of one step unless a heading says otherwise. Predictions for a card are for "
     "the most precise format with which a picture takes hardly longer than with the fastest. What others report is of "
@@ -53,23 +67,28 @@ READING = (
 def report(found: Found) -> Report:
     newest, earlier = latest(found.sources)
     rows, old = split(number_rows([*newest, *earlier]), newest)
+    scripts = [numbered for numbered in rows if of_a_script(numbered)]
+    rows = [numbered for numbered in rows if not of_a_script(numbered)]
     sections = [
         *tier_sections(rows),
         Section("Plots", plots=tuple(plots(rows))),
         *suite_sections([numbered for numbered in rows if not in_a_tier(numbered)]),
         Section("What was drawn", pictures=tuple(read_pictures(found.pictures))),
-        skipped_section([*rows, *old]),
+        skipped_section([*rows, *scripts, *old]),
         machines_section(newest),
         Section(
             "How to run it again",
             ("Every file, and the command that wrote it; then the command of every row.",),
-            (tables.runs_table([*newest, *earlier]), *tables.rerun_tables([*rows, *old])),
+            (tables.runs_table([*newest, *earlier]), *tables.rerun_tables([*rows, *scripts, *old])),
         ),
+        Section("Single scripts", (ABOUT_SCRIPTS,), tuple(all_tables(scripts)), folded=True)
+        if scripts
+        else Section(""),
         Section("Earlier runs", tables=tuple(all_tables(old)), folded=True),
         Section("Files that were not read", tuple(found.refused)),
     ]
     kept = tuple(section for section in sections if not section.empty)
-    return Report(TITLE, tuple(claims(rows)), f"{summary(rows)} {READING}", kept)
+    return Report(TITLE, tuple(claims(rows)), f"{summary([*rows, *scripts, *old])} {READING}", kept)
 
 
 def split(rows: Sequence[Numbered], newest: Sequence[Source]) -> tuple[list[Numbered], list[Numbered]]:
@@ -77,6 +96,12 @@ def split(rows: Sequence[Numbered], newest: Sequence[Source]) -> tuple[list[Numb
     current = {id(source) for source in newest}
     inside = [numbered for numbered in rows if id(numbered.source) in current]
     return inside, [numbered for numbered in rows if id(numbered.source) not in current]
+
+
+def of_a_script(numbered: Numbered) -> bool:
+    """Whether it is no suite's, nor of a script that took the rows of one."""
+    run = numbered.source.run
+    return run.weights.get("kind") == EARLIER and run.suite not in HEADLINES
 
 
 def in_a_tier(numbered: Numbered) -> bool:
@@ -92,7 +117,7 @@ def tier_sections(rows: Sequence[Numbered]) -> list[Section]:
     found = []
     for tier in sorted(tiers, key=size_of):
         for title, members in kinds(tiers[tier], told=False):
-            name = tier if tier == "CPU only" else f"{tier} of VRAM"
+            name = tier if tier == CPU_ONLY else f"{tier} of VRAM"
             found += tables.build(f"{name}: {title}" if title else name, members)
     return [Section("By memory", (ABOUT_TIERS,), tuple(found))] if found else []
 

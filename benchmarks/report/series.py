@@ -34,6 +34,7 @@ class Spec:
     over: tuple[str, ...] = ("format", "vram", "tier")
     named: tuple[str, ...] = ("format", "compute", "activations")  # of `what`: what a series is called by
     only: tuple[str, str] = ("", "")  # a name of `what` and its value
+    tiered: bool = True  # False: only rows that name no memory
     least: int = 2  # points, below which there is nothing to see
 
 
@@ -50,6 +51,19 @@ SPECS = (
         bound="bound_seconds",
         predicted="predicted_seconds",
         scale=(GB, 1.0),
+    ),
+    Spec(
+        "step-cpu",
+        "Time of a step by format",
+        ("step",),
+        ("format",),
+        ("seconds",),
+        ("", "seconds per step"),
+        "Without a card. The bar across is the physical bound.",
+        bound="bound_seconds",
+        shape="bars",
+        over=("format",),
+        tiered=False,
     ),
     Spec(
         "tiers",
@@ -163,6 +177,7 @@ def plots_of(spec: Spec, rows: Sequence[Numbered]) -> list[Plot]:
 def shown(spec: Spec, numbered: Numbered) -> bool:
     row, (name, value) = numbered.row, spec.only
     alike = not name or row.what.get(name) == value
+    alike &= spec.tiered or all(row.what.get(tier) is None for tier in TIERS)
     return row.status not in (SKIPPED, REPORTED) and numbered.source.run.suite in spec.suites and alike
 
 
@@ -218,4 +233,9 @@ def bars(spec: Spec, members: Sequence[Numbered]) -> tuple[Series, ...]:
         if is_number(y):
             place = names.index(category(spec, numbered))
             points.setdefault((numbered.row.subject, numbered.row.status), []).append((place, y * spec.scale[1]))
+        bound = numbered.row.expected.get(spec.bound)
+        if is_number(bound):
+            points.setdefault((numbered.row.subject, BOUND), []).append(
+                (names.index(category(spec, numbered)), bound * spec.scale[1])
+            )
     return tuple(Series(program, kind, tuple(found)) for (program, kind), found in points.items())

@@ -21,10 +21,10 @@ from flux_quant.benchmarks.report.words import (
     listed,
     marked,
     number,
+    sampled,
     show,
     show_samples,
     show_what,
-    unstable,
 )
 
 WIDE = 13  # columns: beyond it memory gets a table of its own,
@@ -83,18 +83,16 @@ def case_fields(rows: Sequence[Numbered]) -> tuple[list[Field], dict[str, Scalar
 
 
 def status_of(numbered: Numbered) -> str:
-    return numbered.row.status + (", unstable" if unstable(numbered.row) else "")
+    return numbered.row.status + (", unstable" if numbered.row.unstable() else "")
 
 
 def sample_fields(rows: Sequence[Numbered]) -> list[Field]:
-    """Of times. What else is sampled, as figures of every prompt, has its mean among the values."""
     return [
         Field(
             label(name),
             lambda n, name=name: marked(show_samples(name, n.row.samples.get(name, ())), n.row.status, is_time(name)),
         )
-        for name in names_in(rows, "samples")
-        if is_time(name)
+        for name in dict.fromkeys(name for numbered in rows for name in sampled(numbered.row))
     ]
 
 
@@ -108,7 +106,8 @@ def expected_fields(rows: Sequence[Numbered]) -> list[Field]:
         else:
             found = lambda n, name=name: show(name, n.row.expected.get(name))  # noqa: E731
         fields.append(Field(label(name), found, right=is_time(name)))
-    if any(times_bound(numbered) != NONE for numbered in rows):
+    told = any("times_bound" in numbered.row.values for numbered in rows)
+    if not told and any(times_bound(numbered) != NONE for numbered in rows):
         fields.append(Field("times bound", times_bound))
     return fields
 
@@ -219,7 +218,7 @@ def assemble(
             tuple(texts[i][j] for i in kept),
             numbered.row.status,
             numbered.id if anchors else "",
-            bool(unstable(numbered.row)),
+            bool(numbered.row.unstable()),
         )
         for j, numbered in enumerate(rows)
     )
@@ -245,7 +244,7 @@ def is_floor(rows: Sequence[Numbered], name: str) -> bool:
 
 
 def unstable_notes(rows: Iterable[Numbered]) -> list[str]:
-    notes = [f"{numbered.id} is unstable, {'; '.join(why)}." for numbered in rows if (why := unstable(numbered.row))]
+    notes = [f"{numbered.id} is unstable, {'; '.join(why)}." for numbered in rows if (why := numbered.row.unstable())]
     more = len(notes) - MOST_NOTES
     return [*notes[:MOST_NOTES], *([f"{more} more rows are unstable."] if more > 0 else [])]
 

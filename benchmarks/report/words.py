@@ -28,6 +28,7 @@ NAMES = {
     "gb_per_s": "speed",
     "bytes_per_s": "speed",
 }
+NEARLY_ONE = ("cosine", "ssim")  # beginnings of names whose digits count behind the nines
 SIZES = {"vram", "ram", "budget"}  # names without a unit that hold bytes
 USUAL = ("16-bit", "float32")  # ways of computing that need no mention
 TIERS = ("tier", "vram")  # names of `what` that say how much memory: bytes, or as after --vram
@@ -35,7 +36,7 @@ HIGHER_IS_BETTER = ("_per_s", "_per_second", "_db", "cosine", "accuracy", "ssim"
 
 
 def number(value: float) -> str:
-    """Three digits that count, of what is nearly one five; all of a whole number, thousands apart."""
+    """Three digits that count; all of a whole number, thousands apart."""
     if isnan(value):
         return NONE
     if isinf(value):
@@ -45,7 +46,7 @@ def number(value: float) -> str:
     if abs(value) < 0.001:
         return f"{value:.1e}"
     if abs(value) < 1:
-        return f"{value:.5f}" if abs(value) > 0.9 else f"{value:.3g}"
+        return f"{value:.3g}"
     return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
@@ -128,7 +129,8 @@ def has_unit(name: str) -> bool:
 
 
 def is_time(name: str) -> bool:
-    return any(ends(unqualified(name), end) for end in TIMES)
+    """Whether it is of speed or energy, as also a ratio of times is."""
+    return name.startswith("times_") or any(ends(unqualified(name), end) for end in TIMES)
 
 
 def budget(value: object) -> float | None:
@@ -168,6 +170,8 @@ def show(name: str, value: object) -> str:
     base = unqualified(name)
     if name in SIZES and value >= 1e6 or base.startswith("bytes_") and not base.endswith("_per_s"):
         return size(value)
+    if base.startswith(NEARLY_ONE):
+        return f"{value:.5f}"
     return next((write for end, write in UNITS if ends(base, end)), number)(value)
 
 
@@ -178,9 +182,9 @@ def marked(text: str, status: str, time: bool = True) -> str:
     return {EMULATED: f"({text})", PREDICTED: f"≈{text}", REPORTED: f"“{text}”", BOUND: f"≥{text}"}.get(status, text)
 
 
-def unstable(row: Row) -> list[str]:
-    """Why the times of a row are not to be believed. That figures differ from prompt to prompt is no such reason."""
-    return [why for why in row.unstable() if is_time(why.partition(":")[0])]
+def sampled(row: Row) -> list[str]:
+    """Kinds of samples to show: what is sampled by prompt has its mean among the values, what is by step is no set."""
+    return [name for name in row.samples if name not in row.values and not name.endswith("_by_step")]
 
 
 def spread(samples: Sequence[float]) -> str:
