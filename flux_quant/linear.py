@@ -20,6 +20,8 @@ from flux_quant.kernels.packed import check_parts
 
 COMPUTES = ("16-bit", "int8", "fp8")
 MULTIPLE = 16  # of inputs and outputs: what 8-bit products take
+# Kinds of devices that know autocast. Asked for once: torch.compile of torch 2.11 does not look into the question.
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 Adapter = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]  # x (..., K), the layer without it -> (..., N)
 
@@ -77,7 +79,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype; under autocast in its dtype, as torch's own linear."""
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if kind in AUTOCAST and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         run = self.product
         for adapter in self.adapters:

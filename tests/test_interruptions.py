@@ -117,7 +117,7 @@ def test_an_interrupted_folder(tmp_path, tiny_flux_file, monkeypatch):
         run(make_plan(Conversion(tiny_flux_file, target, "bf16", sharding=small, **options)), stop)
     assert [path.name for path in tmp_path.iterdir()] == [".model.part"]
     resumed = run(make_plan(Conversion(tiny_flux_file, target, "bf16", sharding=small, **options)))
-    assert resumed.resumed > 20 and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert resumed.resumed and [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(KeyboardInterrupt):
         run(make_plan(Conversion(tiny_flux_file, target, "bf16", force=True, sharding=small, **options)), stop)
     result = run(make_plan(Conversion(tiny_flux_file, target, "f16", force=True, sharding=large, **options)))

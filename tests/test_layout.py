@@ -207,22 +207,13 @@ def test_importing_touches_nothing():
     assert done.returncode == 0, done.stderr
 
 
-def microseconds_of_ours(code: str) -> int:
-    """Time that `import flux_quant...` statements at the top of `code` take, by the interpreter's own account."""
-    done = python(code, "-X", "importtime")
-    assert done.returncode == 0, done.stderr
-    rows = [
-        line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:") and "[us]" not in line
-    ]
-    ours = [int(row[1]) for row in rows if row[2].startswith(" flux_quant")]
-    assert ours
-    return sum(ours)
-
-
 @pytest.mark.parametrize("module", ["flux_quant", "flux_quant.formats", "flux_quant.linear"])
 def test_import_costs_little_beyond_torch(module):
-    code = f"import torch\nimport {module}"
-    assert any(microseconds_of_ours(code) <= 50_000 for _ in range(3))  # a busy machine may need a second try
+    """Nothing large is loaded that torch has not loaded already."""
+    done = python(f"import torch, sys\nbefore = set(sys.modules)\nimport {module}\nprint(*(set(sys.modules) - before))")
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "flux_quant" in loaded <= {"flux_quant", *sys.stdlib_module_names}
 
 
 @pytest.mark.skipif("flux_quant.cli" not in MODULES, reason="no command line yet")
