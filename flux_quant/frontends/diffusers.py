@@ -162,9 +162,7 @@ class EngineTransformer(LoraMethods, nn.Module):
         return Transformer2DModelOutput(sample=sample)
 
     def check_hooks(self) -> None:
-        """UserError if something else moves the blocks of a transformer that streams."""
-        if self.streamed is None:
-            return
+        """UserError if something else moves single layers: blocks use weights of layers that they do not call."""
         if self.engine.final_layer.linear.bias.is_meta:
             other = "enable_sequential_cpu_offload"
         elif any("_diffusers_hook" in vars(module) for module in self.modules()):
@@ -172,8 +170,8 @@ class EngineTransformer(LoraMethods, nn.Module):
         else:
             return
         raise UserError(
-            f"this transformer streams its blocks by itself, {other} would move them as well; load it without vram=, "
-            "or use enable_model_cpu_offload"
+            f"{other} does not know the layers of this transformer; it streams its blocks by itself, if loaded with "
+            'vram="8GB", beside enable_model_cpu_offload()'
         )
 
     def rows(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> StepModulation:
