@@ -32,6 +32,7 @@ LAYERS_ON_CPU: dict[Shape, tuple[int, ...]] = {  # of T5-XXL: (N, K) -> rows of 
 }
 MULTIPLIED_ON_CPU = ("fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs")
 QUICK = ("q8_0", "q4_k")
+SAME = ("fp8_plain",)  # fp8 without a scale: the same loops
 CODEC, CHAIN, DENSE = "torch codec", "torch, unpacked first", "torch, dense"
 
 Parts = list[tuple[Tensor, ...]]
@@ -41,7 +42,8 @@ def chosen(asked: Asked, device: torch.device, among: Sequence[str] = ()) -> dic
     """Formats as they are kept on the device: the bulk of the recipes that were asked for, else all of `among`."""
     wanted = [BASES.get(ALIASES.get(name, name), name) for name in asked.formats]
     wanted = wanted or list(QUICK if asked.quick else among)
-    return layers.formats(device, tuple(wanted))
+    found = layers.formats(device, tuple(wanted))
+    return {name: fmt for name, fmt in found.items() if name in wanted or name not in SAME}
 
 
 def cases(asked: Asked) -> Iterator[Case]:

@@ -91,8 +91,9 @@ class Runner:
 
     def call(self, case: Case, first: bool) -> Row:
         needs = case.needs * (TURNS if case.group and first else 1)
-        if first and self.left < needs:
-            return Row(status=SKIPPED, note=f"{max(0.0, self.left):.0f} s were left, it needs {needs:.0f} s")
+        if first and (left := self.left) <= needs:
+            why = f"{left:.0f} s were left, it needs {needs:.0f} s" if left > 0 else "no time was left"
+            return Row(status=SKIPPED, note=why)
         self.watcher.calls(case)
         try:
             return case.work()

@@ -22,7 +22,7 @@ def parts(text: str | None, option: str) -> list[str]:
 def formats(text: str | None) -> tuple[str, ...]:
     """Recipes of `convert`, in lower case."""
     known = [*dict.fromkeys(one for offered in OFFERED.values() for one in offered if one != KEEP), *ALIASES]
-    names = [name.lower() for name in parts(text, "--formats")]
+    names = parts(text and text.lower(), "--formats")
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--formats {unknown[0]}: unknown; choose from {', '.join(known)}")
     return tuple(names)
