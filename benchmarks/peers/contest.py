@@ -19,6 +19,7 @@ from flux_quant.benchmarks.peers.environments import installed, interpreter
 
 HERE = Path(__file__).parent
 RERUN = "flux-quant bench peers"
+COMPLAINTS = ("wrong shape", "not in model file", "GGML_ASSERT")
 LONGEST = 600.0  # seconds that a worker may take for an answer
 
 
@@ -52,14 +53,15 @@ class Worker:
             heard = ""
         finally:
             timer.cancel()
-        if not heard:
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            code = self.process.wait()
-            raise RuntimeError(f"ended with code {code}: {lines[-1][:200] if lines else 'without a word'}")
-        answer = json.loads(heard)
+        answer = json.loads(heard) if heard else {"error": f"ended with code {self.process.wait()}"}
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            raise RuntimeError("; its log: ".join(filter(None, (answer["error"], self.complaint()))))
         return answer
+
+    def complaint(self) -> str:
+        """The line of its log that tells what it did not like; empty if none does."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return next((line.strip()[:200] for line in lines if any(word in line for word in COMPLAINTS)), "")
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -111,7 +113,10 @@ class Contest:
         self.shared: dict = {}
 
     def cases(self) -> list[Case]:
+        """Ours are left out where nobody is there to be compared with."""
         group = " ".join(map(str, self.what.values()))
+        others = any(installed(PEERS[entry.peer]) for entry in self.entries if entry.peer != OURS)
+        entries = [entry for entry in self.entries if others or entry.peer != OURS]
         return [
             Case(
                 what={**self.what, **entry.what},
@@ -121,7 +126,7 @@ class Contest:
                 group=group,
                 close=self.close,
             )
-            for entry in self.entries
+            for entry in entries
         ]
 
     def turn(self, entry: Entry) -> Row:

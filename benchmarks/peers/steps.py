@@ -26,17 +26,18 @@ from flux_quant.converters.plan import make_plan
 from flux_quant.model import unpack_latents
 
 BLOCKS = (1, 1)
-FORMATS = ("q8_0", "q4_k")
-SIDE, SEED, GUIDANCE = 128, 7, 3.5
+FORMATS = ("q8_0", "q4_k")  # that are there to be asked for; the first one is measured without asking
+SIDE, SEED, GUIDANCE = 64, 7, 3.5
+FAR = 3.0  # latents beyond it are not read off a picture: the autoencoder flattens them
 SHIPPED_WORDS = 64
 EIGHT_BIT = "products in 8 bits; its velocity read off an 8-bit picture of three of 16 channels"
 FROM_DISK = "BF16 source packed to FP8 by each; blocks are read from disk at every step"
 
 
-def contests(device: str, small: bool) -> list[Contest]:
+def contests(device: str, small: bool, formats: tuple[str, ...]) -> list[Contest]:
     found = [shipped(device)]
     if not small:
-        found += [wide(name, device) for name in FORMATS]
+        found += [wide(name, device) for name in FORMATS if name in (formats or FORMATS[:1])]
         found.append(from_disk(device))
     return found
 
@@ -78,7 +79,7 @@ def wide(name: str, device: str) -> Contest:
         return common(device, sdcpp_files.WORDS) | files
 
     what = {"work": "step", "model": "3072 wide, 1 + 1 blocks, random", "size": f"{SIDE}x{SIDE}"}
-    return Contest(what, readers(name), material, judge, needs=30.0)
+    return Contest(what, readers(name), material, judge, needs=20.0)
 
 
 def shipped(device: str) -> Contest:
@@ -92,7 +93,7 @@ def shipped(device: str) -> Contest:
         return common(device, SHIPPED_WORDS) | files
 
     what = {"work": "step", "model": "shipped", "size": f"{SIDE}x{SIDE}"}
-    return Contest(what, readers("q8_0"), material, judge, needs=20.0)
+    return Contest(what, readers("q8_0"), material, judge, needs=10.0)
 
 
 def from_disk(device: str) -> Contest:
@@ -112,7 +113,7 @@ def from_disk(device: str) -> Contest:
         Entry(OURS, {"format": "fp8"}, note="mapped, and so in the system's cache; not streamed"),
         Entry("aircanvas", {"format": "fp8"}, against=f"{OURS} fp8", note=FROM_DISK),
     ]
-    return Contest(what, entries, material, judge, needs=60.0)
+    return Contest(what, entries, material, judge, needs=30.0)
 
 
 def judge(shared: dict, entry: Entry, out: Path) -> dict[str, Scalar]:
@@ -126,7 +127,10 @@ def judge(shared: dict, entry: Entry, out: Path) -> dict[str, Scalar]:
     rows, columns = shared["height"] // 16, shared["width"] // 16
     right = unpack_latents(ours, rows, columns)[0, : sdcpp_files.SHOWN]
     noise = torch.randn(16, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(shared["seed"]))
-    return {"off_ours": relative(right, noise[: sdcpp_files.SHOWN] - sdcpp_files.read_back(made["picture"]))}
+    noise = noise[: sdcpp_files.SHOWN]
+    told = (noise - right).abs() < FAR
+    off = relative(right[told], (noise - sdcpp_files.read_back(made["picture"]))[told])
+    return {"off_ours": off, "told_share": told.float().mean().item()}
 
 
 def relative(right: Tensor, found: Tensor) -> float:

@@ -27,7 +27,7 @@ WAY_SECONDS = 100.0
 def cases(asked: Asked) -> Iterator[Case]:
     """asked.model or --random: FLUX.1's width for conversions too."""
     wide = asked.random or asked.model is not None
-    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick)]
+    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick, asked.formats)]
     for contest in (*groups, *conversions.contests(asked.quick, wide)):
         yield from (case for case in contest.cases() if wanted(case, asked.formats))
     for way, name in OFFLOADERS.items():
