@@ -6,6 +6,7 @@ random weights; the other comparisons use small models, for which ComfyUI's dete
 
 import gc
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -413,7 +414,8 @@ def test_states_of_memory(comfy, streamed, state, monkeypatch):
     monkeypatch.setattr(management, "get_free_memory", free_memory)
     management.load_models_gpu([streamed], memory_required=size // 100, minimum_memory_required=size // 100)
     held = streamed.loaded_size()
-    assert (held == size) == (state == "HIGH_VRAM")
+    generous = "128 * 1024" in inspect.getsource(management.load_models_gpu)  # older versions always allow 128 MB
+    assert (held == size) == (state == "HIGH_VRAM" or generous and state != "NO_VRAM")
     management.load_models_gpu([streamed], memory_required=size // 100, minimum_memory_required=size // 100)
     assert streamed.loaded_size() == held  # the same workflow again
     management.free_memory(free_memory() + held // 20, streamed.load_device)  # another model wants some of it
@@ -554,15 +556,19 @@ def converted(comfy, format_name: str, target: str, **options: object) -> str:
 
 
 def test_fp8_in_comfyuis_loaders(comfy):
-    """In the form that this ComfyUI knows: the current one, or the legacy one in older versions."""
+    """In the form that this ComfyUI knows: the current one, or the legacy one in older versions, which make FP8 of
+    the activations too, on a processor as well."""
     from flux_quant.converters.bundle import merge
 
     legacy = not hasattr(comfy.utils, "convert_old_quants")
     name = converted(comfy, "fp8", "small-fp8.safetensors", legacy_fp8=legacy)
     expected = sampled(comfy, ours(comfy, name))
-    close(sampled(comfy, theirs(comfy, name)), expected)
+    bound = 0.06 if legacy else BOUND
+    close(sampled(comfy, theirs(comfy, name)), expected, bound)
+    if legacy:
+        return  # all-in-one files are written in the current form only
     with torch.inference_mode(False):
-        merge([comfy.models / "diffusion_models" / name], comfy.models / "checkpoints/whole-fp8.safetensors")
+        merge([comfy.models / "diffusion_models" / name], comfy.models / "checkpoints/whole-fp8.safetensors", True)
     close(sampled(comfy, comfy.run("CheckpointLoaderSimple", ckpt_name="whole-fp8.safetensors")), expected)
     close(sampled(comfy, ours(comfy, "whole-fp8.safetensors")), expected)
 

@@ -31,8 +31,6 @@ from flux_quant.text.identity import identity
 from flux_quant.text.prompt_cache import Entry, PromptCache
 
 CPU = torch.device("cpu")
-END_OF_T5, PADDING = 1, 0  # token ids
-END_OF_CLIP = 49407
 VERSION = 1  # of what the cache holds
 PLACES = (AUTO, "cpu", "gpu")
 
@@ -59,9 +57,15 @@ class Files:
 class TextEncoders(nn.Module):
     """ComfyUI's `cond_stage_model`: what comfy.text_encoders.flux.FluxClipModel offers, over packed files."""
 
-    def __init__(self, files: Files, device: torch.device, cache: PromptCache | None) -> None:
+    def __init__(
+        self,
+        files: Files,
+        tokenizer: "comfy.text_encoders.flux.FluxTokenizer",
+        device: torch.device,
+        cache: PromptCache | None,
+    ) -> None:
         super().__init__()
-        self.files, self.device, self.cache = files, device, cache
+        self.files, self.tokenizer, self.device, self.cache = files, tokenizer, device, cache
 
     def set_clip_options(self, options: Mapping[str, object]) -> None:
         if options.get("layer") is not None:
@@ -84,7 +88,8 @@ class TextEncoders(nn.Module):
         """Weights act as in ComfyUI: z' = (z - z0) * weight + z0, z0 the states of no text."""
         texts = [ids_of(section) for section in sections]
         longest = max(map(len, texts))
-        none = (END_OF_T5, *[PADDING] * (longest - 1))
+        own = self.tokenizer.t5xxl
+        none = (own.end_token, *[own.pad_token] * (longest - 1))
         weighted = any(weight != 1 for section in sections for _, weight, *_ in section)
         found = self.states([*texts, none] if weighted else texts)
         out = []
@@ -136,7 +141,7 @@ class TextEncoders(nn.Module):
         key = dict(encoder="clip", ids=ids, loras=self.loras_of(CLIP_L))
         found = self.recall(self.files.clip, key, "pooled")
         if found is None:
-            found = clip_states(self.files.clip, torch.tensor([ids]), END_OF_CLIP, self.files.loras)
+            found = clip_states(self.files.clip, torch.tensor([ids]), self.tokenizer.clip_l.end_token, self.files.loras)
             self.keep(self.files.clip, key, "pooled", finite(found, "as tokens"))
         return found
 
@@ -193,7 +198,7 @@ def clip_of(files: Files, device: torch.device, cache: PromptCache | None) -> "c
     clip.tokenizer = comfy.text_encoders.flux.FluxTokenizer(folder_paths.get_folder_paths("embeddings"))
     files.check(clip.tokenizer)
     clip.layer_idx, clip.use_clip_schedule, clip.tokenizer_options, clip.apply_hooks_to_conds = None, False, {}, None
-    return with_encoders(clip, TextEncoders(files, device, cache))
+    return with_encoders(clip, TextEncoders(files, clip.tokenizer, device, cache))
 
 
 def with_encoders(clip: "comfy.sd.CLIP", encoders: TextEncoders) -> "comfy.sd.CLIP":
@@ -209,4 +214,4 @@ def with_loras(clip: "comfy.sd.CLIP", loras: Loras) -> "comfy.sd.CLIP":
     if not isinstance(encoders, TextEncoders):
         raise UserError("this CLIP is not from Load text encoders (flux_quant); use ComfyUI's own LoRA node for it")
     files = replace(encoders.files, loras=(*encoders.files.loras, *loras))
-    return with_encoders(clip.clone(), TextEncoders(files, encoders.device, encoders.cache))
+    return with_encoders(clip.clone(), TextEncoders(files, encoders.tokenizer, encoders.device, encoders.cache))
