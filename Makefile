@@ -47,8 +47,8 @@ bench: $(STAMP) ## measure this machine in less than 15 minutes, write benchmark
 	$(MAKE) report
 
 report: $(STAMP) ## make docs/report/ and the tables of README.md from benchmarks/results/
-	$(BIN)/flux-quant report $(RESULTS) --force -o docs/report/report.html
-	$(BIN)/flux-quant report $(RESULTS) --force -o docs/report/report.md
+	$(BIN)/flux-quant report $(RESULTS) docs/contact-sheet.png --force -o docs/report/report.html
+	$(BIN)/flux-quant report $(RESULTS) docs/contact-sheet.png --force -o docs/report/report.md
 	$(BIN)/python -I -m flux_quant.benchmarks.readme
 
 gpu: $(STAMP) ## run the GPU suite, write benchmarks/results/; without CUDA an error unless ARGS=--allow-skip

@@ -16,7 +16,7 @@ from flux_quant.benchmarks.bench.record import Row, write_run
 from flux_quant.benchmarks.report import drawing
 from flux_quant.benchmarks.report.inputs import Found, Source, gather
 from flux_quant.benchmarks.report.model import Plot, Series
-from flux_quant.benchmarks.report.rendering import files, html, markdown
+from flux_quant.benchmarks.report.rendering import html, markdown, plots
 from flux_quant.benchmarks.report.sections import report
 from flux_quant.cli import main
 from report_runs import all_runs, run
@@ -24,6 +24,7 @@ from report_runs import all_runs, run
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+PLACE = Path("report.md")
 VOID = {"meta", "link", "img", "br", "path", "use", "rect", "hr", "input"}
 NASTY = '<script>alert("x")</script> | **b** `c` [d](javascript:e) & _f_ {{ g }} ](h) $i$'
 PIXEL = bytes.fromhex(  # a PNG of one pixel
@@ -132,7 +133,7 @@ def test_names_of_strangers_are_text_in_html():
 
 def test_names_of_strangers_are_text_in_markdown():
     """An outside reader of Markdown shows them as they are, and makes no element of them."""
-    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(markdown(nasty(), "plots"))
+    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(markdown(nasty(), PLACE))
     inline = [child for token in tokens for child in token.children or ()]
     assert "html_block" not in {token.type for token in tokens}
     assert not {"html_inline", "link_open", "em_open"} & {token.type for token in inline}
@@ -142,7 +143,7 @@ def test_names_of_strangers_are_text_in_markdown():
 
 def test_markdown_tables_hold(made):
     """Each has as many rows and cells as the report, read by an outside reader."""
-    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(markdown(made, "plots"))
+    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(markdown(made, PLACE))
     cells = [tokens[i + 1] for i, token in enumerate(tokens) if token.type in ("th_open", "td_open")]
     tables = [table for section in made.sections for table in section.tables]
     assert len(cells) == sum(len(table.columns) * (1 + len(table.lines)) for table in tables)
@@ -157,24 +158,25 @@ def test_markdown_tables_hold(made):
     assert found == wanted
 
 
-def test_markdown_shows_every_plot_and_picture(made):
-    names = set(re.findall(r"\]\(plots/([^)]+)\)", markdown(made, "plots")))
-    assert names == set(files(made)) and any(name.endswith(".png") for name in names)
-    assert "](" not in markdown(made, "plots", plots=False).replace("\\](", "")
+def test_markdown_shows_every_plot_and_picture(made, folder):
+    text = markdown(made, folder / "report.md")
+    assert set(re.findall(r"\]\(report-plots/([^)]+)\)", text)) == set(plots(made))
+    assert "](card/sheet.png)" in text
+    assert "](" not in markdown(made).replace("\\](", "")
 
 
 def test_plots_hold_their_points(made):
     """What is drawn is what the rows say, and measured, emulated and predicted are drawn differently."""
-    plots = {plot.slug: plot for section in made.sections for plot in section.plots}
-    step = plots["step-time-1"]
+    drawn_as = {plot.slug: plot for section in made.sections for plot in section.plots}
+    step = drawn_as["step-time-1"]
     drawn = {(one.name, one.kind): one.points for one in step.series}
     assert drawn["q8_0", "measured"] == ((24.0, pytest.approx(0.54)),)
     assert [x for x, _ in drawn["bf16", "emulated"]] == [8.0]  # the row of 6 GB was skipped
     assert [x for x, _ in drawn["bf16", "bound"]] == [8.0, 24.0]
-    assert {"tiers-1", "tiers-2", "bytes-moved-1", "stall-1", "size-quality-1", "conversion-1"} <= set(plots)
+    assert {"tiers-1", "tiers-2", "bytes-moved-1", "stall-1", "size-quality-1", "conversion-1"} <= set(drawn_as)
     looks = [tuple(sorted(look.items(), key=str)) for look in drawing.LINES.values()]
     assert len(set(looks)) == len(looks)
-    assert plots["conversion-1"].names == tuple(report_runs.FORMATS)
+    assert drawn_as["conversion-1"].names == tuple(report_runs.FORMATS)
 
 
 def test_plots_are_svg_of_text_and_repeatable(made):
@@ -198,7 +200,7 @@ def test_odd_names_in_plots(name, shape):
 
 def test_same_results_same_bytes(folder, made):
     again = report(gather([folder]))
-    assert html(again) == html(made) and markdown(again, "p") == markdown(made, "p") and files(again) == files(made)
+    assert html(again) == html(made) and markdown(again, PLACE) == markdown(made, PLACE) and plots(again) == plots(made)
 
 
 def test_verb_writes_pages(folder, tmp_path, capsys):
@@ -206,11 +208,28 @@ def test_verb_writes_pages(folder, tmp_path, capsys):
     for path in (page, text):
         assert main(["report", str(folder), "-o", str(path)]) == 0
     assert Page(page.read_text()) and text.read_text().startswith("# ")
-    assert {path.name for path in (tmp_path / "out" / "report-plots").iterdir()} == set(files(report(gather([folder]))))
+    assert {path.name for path in (tmp_path / "out" / "report-plots").iterdir()} == set(plots(report(gather([folder]))))
     assert str(text) in capsys.readouterr().out and not list((tmp_path / "out").glob(".*"))
     assert main(["report", str(folder), "-o", str(text)]) == 2 and "--force" in capsys.readouterr().err
     assert main(["report", str(folder), "-o", str(text), "--force", "--no-plots"]) == 0
     assert not (tmp_path / "out" / "report-plots").exists() and "](" not in text.read_text().replace("\\](", "")
+
+
+def test_verb_takes_pictures(folder, tmp_path):
+    page = tmp_path / "report.html"
+    assert (
+        main(
+            [
+                "report",
+                str(next((folder / "card").glob("*-step.json"))),
+                str(folder / "card/sheet.png"),
+                "-o",
+                str(page),
+            ]
+        )
+        == 0
+    )
+    assert "data:image/png;base64," in page.read_text()
 
 
 def test_verb_prints_markdown(folder, capsys):

@@ -45,7 +45,7 @@ class Found:
 
 
 def gather(paths: Iterable[Path]) -> Found:
-    """Results, and the pictures that lie with them: below a folder all, beside a file those whose names begin as its.
+    """Results, and pictures: given ones, below a folder all, beside a result those whose names begin as its own.
 
     UserError for a missing path, and for a file named directly that is no result or has another schema.
     """
@@ -55,6 +55,8 @@ def gather(paths: Iterable[Path]) -> Found:
             raise UserError(f"{given} does not exist")
         if given.is_dir():
             gather_folder(given, found)
+        elif given.suffix in PICTURES:
+            found.pictures[given.name] = given
         else:
             found.sources.append(Source(given.name, read_checked(given)))
             beside = (path for path in given.parent.iterdir() if path.name.startswith(given.stem))

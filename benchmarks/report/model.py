@@ -1,6 +1,7 @@
 """A report as plain values, before anything is rendered: text in order, no markup in it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    slug: str
     title: str
+    path: Path
     kind: str  # png, jpeg, webp
     data: bytes = field(repr=False)
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from flux_quant.benchmarks.bench.record import slug
 from flux_quant.benchmarks.report.model import Picture
 
 MOST_BYTES = 8_000_000  # of one picture: it is part of the page
@@ -19,5 +18,5 @@ def read_pictures(files: Mapping[str, Path]) -> list[Picture]:
         data = path.read_bytes()
         kind = next((kind for kind, start in STARTS.items() if data.startswith(start)), "")
         if kind:
-            found.append(Picture(slug(name), name, kind, data))
+            found.append(Picture(name, path, kind, data))
     return found

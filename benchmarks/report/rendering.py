@@ -1,13 +1,15 @@
-"""A report as one HTML page that refers to nothing outside of it, or as Markdown with plots and pictures in a folder.
+"""A report as one HTML page that refers to nothing outside of it, or as Markdown with its plots in a folder.
 
 Names and notes come from strangers' files. In HTML Jinja2's autoescape makes text of everything; in Markdown `escaped`
 does, for every value that a template prints.
 """
 
 import base64
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from flux_quant.benchmarks.report import drawing
 from flux_quant.benchmarks.report.model import Picture, Plot, Report
@@ -22,31 +24,42 @@ MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+](?=\s)|^-(
 ADDRESS = re.compile(r"https?://[^\s<>()\[\]|\"'`]+")
 
 
-def html(report: Report, plots: bool = True) -> str:
+def html(report: Report, with_plots: bool = True) -> str:
     page = environment(autoescape=True)
     page.filters |= {"svg": drawing.inline, "data": data_address, "parts": parts}
-    return page.get_template("report.html").render(report=report, plots=plots)
+    return page.get_template("report.html").render(report=report, plots=with_plots)
 
 
-def markdown(report: Report, folder: str = "", plots: bool = True) -> str:
-    """`folder`: the name, beside the Markdown, of where `files` go."""
+def markdown(report: Report, place: Path | None = None) -> str:
+    """place: the file that it is for. Beside it a folder has the `plots`; pictures are linked where they are. Without a
+    place there are neither."""
     page = environment(finalize=escaped)
-    page.filters |= {"code": code, "picture": lambda name: as_is(f"{folder}/{name}")}
-    page.globals["file_of"] = file_of
-    return page.get_template("report.md").render(report=report, plots=plots and bool(folder))
+    page.filters["code"] = code
+    page.globals |= {"plot_address": lambda plot: as_is(quote(f"{folder_of(place).name}/{file_of(plot)}"))}
+    page.globals |= {"picture_address": lambda picture: as_is(relative(picture.path, place.parent))}
+    return page.get_template("report.md").render(report=report, plots=place is not None)
 
 
-def files(report: Report) -> dict[str, bytes]:
-    """Plots and pictures for Markdown: name -> content."""
-    found = {}
-    for section in report.sections:
-        found |= {file_of(plot): drawing.as_file(plot).encode() for plot in section.plots}
-        found |= {file_of(picture): picture.data for picture in section.pictures}
-    return found
+def plots(report: Report) -> dict[str, bytes]:
+    """Plots for Markdown: name -> content."""
+    return {file_of(plot): drawing.as_file(plot).encode() for section in report.sections for plot in section.plots}
 
 
-def file_of(shown: Plot | Picture) -> str:
-    return f"{shown.slug}.{shown.kind if isinstance(shown, Picture) else 'svg'}"
+def file_of(plot: Plot) -> str:
+    return f"{plot.slug}.svg"
+
+
+def folder_of(place: Path) -> Path:
+    """report.md -> report-plots"""
+    return place.with_name(f"{place.stem}-plots")
+
+
+def relative(path: Path, folder: Path) -> str:
+    """An address of a file for a page in the folder."""
+    try:
+        return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())
+    except ValueError:  # on another drive
+        return path.resolve().as_uri()
 
 
 def environment(**options: object) -> "Environment":

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 from flux_quant.benchmarks.report.drawing import need_matplotlib
-from flux_quant.benchmarks.report.inputs import PICTURES
 from flux_quant.benchmarks.report.model import Report
-from flux_quant.benchmarks.report.rendering import files, html, markdown
+from flux_quant.benchmarks.report.rendering import folder_of, html, markdown, plots
 from flux_quant.errors import UserError
 
 PAGE, MARKDOWN = (".html", ".htm"), (".md", ".markdown")
@@ -25,25 +24,19 @@ def is_markdown(path: Path) -> bool:
     return path.suffix.lower() in MARKDOWN
 
 
-def folder_of(path: Path) -> Path:
-    """report.md -> report-plots"""
-    return path.with_name(f"{path.stem}-plots")
-
-
-def write(report: Report, path: Path, plots: bool = True, force: bool = False) -> list[Path]:
+def write(report: Report, path: Path, with_plots: bool = True, force: bool = False) -> list[Path]:
     """What was written. UserError as `check_output`, and without Jinja2 or, for plots, matplotlib."""
     check_output(path, force)
-    if plots and any(section.plots for section in report.sections):
+    if with_plots and any(section.plots for section in report.sections):
         need_matplotlib()
     if not is_markdown(path):
-        publish(path, html(report, plots))
+        publish(path, html(report, with_plots))
         return [path]
-    shown = files(report) if plots else {}
-    folder = folder_of(path)
-    text = markdown(report, folder.name if shown else "", plots)
-    replace_folder(folder, shown)
+    drawn = plots(report) if with_plots else {}
+    text = markdown(report, path if with_plots else None)
+    replace_folder(folder_of(path), drawn)
     publish(path, text)
-    return [path, folder] if shown else [path]
+    return [path, folder_of(path)] if drawn else [path]
 
 
 def publish(path: Path, text: str) -> None:
@@ -56,8 +49,8 @@ def publish(path: Path, text: str) -> None:
 def replace_folder(folder: Path, content: dict[str, bytes]) -> None:
     """The folder holds `content` and nothing else. UserError if it holds what is no plot or picture."""
     kept = list(folder.iterdir()) if folder.exists() else []
-    if strange := [path for path in kept if path.is_dir() or path.suffix not in (".svg", *PICTURES)]:
-        raise UserError(f"{strange[0]} is no plot of a report; move it or choose another name")
+    if strange := [path for path in kept if path.is_dir() or path.suffix != ".svg"]:
+        raise UserError(f"{strange[0]} is no plot of a report: move it, or choose another name for the report")
     if content:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)

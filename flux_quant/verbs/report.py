@@ -10,7 +10,7 @@ from flux_quant.verbs import options as opt
 
 Results = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="RESULTS...", help="files of flux-quant bench, or folders [default: those of flux_quant]"),
+    typer.Argument(metavar="RESULTS...", help="of flux-quant bench: files, folders; pictures [default: our own results]"),
 ]
 ReportFile = Annotated[
     Path | None,
@@ -56,7 +56,7 @@ def report(
             raise UserError(f"no results of flux-quant bench in {', '.join(map(str, results or [RESULTS]))}")
         content = assemble(found)
     if output is None:
-        print(markdown(content, plots=False).rstrip())
+        print(markdown(content).rstrip())
         return
     for path in write(content, output, not no_plots, force):
         print(f"written: {path}")
