@@ -22,14 +22,16 @@ OFFLOADERS = {  # of `benchmarks.offloaders`: its name of a way -> the peer
     "diffusers group offloading, leaf": "diffusers group offload",
 }
 WAY_SECONDS = 100.0
+TYPES = {recipe: name for name, recipe in conversions.FORMATS.items()}
 
 
 def cases(asked: Asked) -> Iterator[Case]:
-    """asked.model or --random: FLUX.1's width for conversions too."""
+    """asked.model or --random: FLUX.1's width for conversions too. Formats choose among steps and conversions."""
     wide = asked.random or asked.model is not None
-    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick, asked.formats)]
+    formats = tuple(TYPES.get(name, name) for name in asked.formats)
+    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick, formats)]
     for contest in (*groups, *conversions.contests(asked.quick, wide)):
-        yield from (case for case in contest.cases() if wanted(case, asked.formats))
+        yield from (case for case in contest.cases() if wanted(case, formats))
     for way, name in OFFLOADERS.items():
         what = {"work": "offload", "way": way}
         yield Case(what, partial(offloaded, way, asked.device), subject_of(PEERS[name]), needs=WAY_SECONDS)
