@@ -114,7 +114,7 @@ class Contest:
 
     def cases(self) -> list[Case]:
         """Ours are left out where nobody is there to be compared with."""
-        group = " ".join(map(str, self.what.values()))
+        group = " ".join(map(str, (*self.what.values(), self.entries[0].name)))
         others = any(installed(PEERS[entry.peer]) for entry in self.entries if entry.peer != OURS)
         entries = [entry for entry in self.entries if others or entry.peer != OURS]
         return [
