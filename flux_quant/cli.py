@@ -15,6 +15,7 @@ import typer
 
 from flux_quant.errors import UserError
 from flux_quant.verbs import bench as cli_bench
+from flux_quant.verbs import comfyui as cli_comfyui
 from flux_quant.verbs import generate as cli_generate
 from flux_quant.verbs import inpaint as cli_inpaint
 from flux_quant.verbs import lora as cli_lora
@@ -254,6 +255,7 @@ cli_generate.register(app)
 cli_inpaint.register(app)
 cli_runtime.register(app)
 cli_lora.register(app)
+cli_comfyui.register(app)
 cli_report.register(app)
 cli_bench.register(app)
 
