@@ -29,7 +29,7 @@ from flux_quant.formats import FORMATS as CODECS
 
 FORMATS, QUICK = ("q8_0", "fp8", "q4_k_s", "q4_0"), ("q8_0",)
 FEW = 0.05  # of the blocks: 1 double and 2 single ones
-SPEED = 50e6  # bytes of source per second, at least: for estimates
+STARTING, SPEED = 5.0, 150e6  # seconds of a process, bytes of source per second: what calls take at most, usually
 WORK = """
 import json, resource, sys, time
 from pathlib import Path
@@ -107,7 +107,7 @@ def sources(asked: Asked) -> list[Source]:
     path = models.transformer(asked)
     nbytes = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
     own = [Source(path.name, nbytes, path)]
-    return own if asked.model or asked.quick else [*own, random_source(FEW)]
+    return own if asked.model or asked.quick else [random_source(FEW), *own]
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -117,7 +117,7 @@ def cases(asked: Asked) -> Iterator[Case]:
             what = {"format": name, "source": source.name, "threads": torch.get_num_threads()}
             close = source.close if name == formats[-1] else nothing
             work = Conversions(source, name)
-            yield Case(what, work, needs=2 * source.nbytes / SPEED, group=f"convert {source.name}", close=close)
+            yield Case(what, work, needs=STARTING + source.nbytes / SPEED, group=f"convert {source.name}", close=close)
 
 
 @dataclass

@@ -6,7 +6,7 @@ of a copy. linear: layers of T5-XXL on a CPU, of FLUX.1 and T5 on CUDA; ours, an
 Bound: the larger of operations and bytes. Weights rotate over copies that no cache holds on CUDA.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 
@@ -38,37 +38,46 @@ CODEC, CHAIN, DENSE = "torch codec", "torch, unpacked first", "torch, dense"
 Parts = list[tuple[Tensor, ...]]
 
 
-def chosen(asked: Asked, device: torch.device, among: Sequence[str] = ()) -> dict[str, QuantFormat]:
-    """Formats as they are kept on the device: the bulk of the recipes that were asked for, else all of `among`."""
-    wanted = [BASES.get(ALIASES.get(name, name), name) for name in asked.formats]
-    wanted = wanted or list(QUICK if asked.quick else among)
-    found = layers.formats(device, tuple(wanted))
-    return {name: fmt for name, fmt in found.items() if name in wanted or name not in SAME}
+def chosen(asked: Asked, device: torch.device) -> tuple[dict[str, QuantFormat], dict[str, QuantFormat]]:
+    """Formats as they are kept on the device: those that are unpacked and multiplied, and those that are unpacked only.
+
+    The bulk of the recipes that were asked for, else all; on a processor some are enough for the products.
+    """
+    wanted = [BASES.get(ALIASES.get(name, name), name) for name in asked.formats] or list(QUICK if asked.quick else ())
+    found = {name: fmt for name, fmt in layers.formats(device, tuple(wanted)).items() if wanted or name not in SAME}
+    if wanted or device.type == "cuda":
+        return found, {}
+    multiplied = {name: found.pop(name) for name in MULTIPLIED_ON_CPU}
+    return multiplied, found
 
 
 def cases(asked: Asked) -> Iterator[Case]:
+    """The more telling ones first."""
     device = torch.device(asked.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     on_cpu = device.type != "cuda"
-    shape = UNPACKED_ON_CPU if on_cpu else layers.UNPACKED
+    unpacked_shape = UNPACKED_ON_CPU if on_cpu else layers.UNPACKED
     sizes = LAYERS_ON_CPU if on_cpu else layers.LAYERS
     if asked.quick:
-        shape, sizes = eighth(shape), layers.small({UNPACKED_ON_CPU: (1, 32)})
-    for name, fmt in chosen(asked, device).items():
-        if fmt.fits(shape):
-            yield from unpacked(asked, name, fmt, shape, dtype)
-    formats = chosen(asked, device, MULTIPLIED_ON_CPU if on_cpu else ())
+        unpacked_shape, sizes = eighth(unpacked_shape), layers.small({UNPACKED_ON_CPU: (1, 32)})
+    formats, others = chosen(asked, device)
+    for name, fmt in formats.items():
+        yield from unpacked(asked, name, fmt, unpacked_shape, dtype)
     for shape, counts in sizes.items():
         fitting = {name: fmt for name, fmt in formats.items() if fmt.fits(shape)}
         weights = Weights(fitting, shape, device, dtype)
         for rows in counts:
             yield from multiplied(asked, weights, rows)
+    for name, fmt in others.items():
+        yield from unpacked(asked, name, fmt, unpacked_shape, dtype)
 
 
 # --- dequantize -------------------------------------------------------------------------------------------------------
 
 
 def unpacked(asked: Asked, name: str, fmt: QuantFormat, shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    if not fmt.fits(shape):
+        return
     device, threads = torch.device(asked.device), torch.get_num_threads()
     parts = Prepared(partial(layers.copies_of, fmt, shape, device))
     out = Prepared(partial(torch.empty, shape, dtype=dtype, device=device))

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from math import ceil
+from time import perf_counter
 from typing import Generic, TypeVar
 
 import torch
 
 from flux_quant.benchmarks.bench.record import Row
-from flux_quant.benchmarks.timing import CALLS, Call, runner, timed
+from flux_quant.benchmarks.timing import CALLS, Call, runner
 
 T = TypeVar("T")
 LEAST = 0.02  # seconds of a sample on a processor: shorter calls are repeated
@@ -46,29 +48,44 @@ class Sampled:
     def __post_init__(self) -> None:
         self.state = Prepared(self.begin)
 
-    def begin(self) -> tuple[Callable[[], float], int, Row]:
+    def begin(self) -> tuple[Callable[[], float], Row]:
+        """What gives seconds of a call each time, and the row without samples."""
         call, copies, row = self.make()
-        if self.device.type == "cuda":
-            calls = max(CALLS, copies)
-        else:
-            timed(call, copies, copies)  # loops are compiled
-            calls = copies * ceil(LEAST / max(timed(call, copies, copies), 1e-9))
+        if self.device.type != "cuda":
+            return on_processor(call, copies, self.warm), row
+        calls = max(CALLS, copies)
         run = runner(call, calls, copies, self.device)
         for _ in range(self.warm):
             run()
-        return run, calls, row
+        return lambda: run() / calls, row
 
     @torch.inference_mode()
     def __call__(self) -> Row:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            run, calls, row = self.state.get()
+            run, row = self.state.get()
             return Row(
-                samples={"seconds": [run() / calls]},
+                samples={"seconds": [run()]},
                 values=dict(row.values),
                 expected=dict(row.expected),
                 note=row.note,
             )
         finally:
             torch.set_num_threads(before)
+
+
+def on_processor(call: Call, copies: int, warm: int) -> Callable[[], float]:
+    """Calls over the copies in turn, as many at a time as last LEAST together; loops are compiled by then."""
+    turns = cycle(range(copies))
+
+    def several(count: int) -> float:
+        start = perf_counter()
+        for _ in range(count):
+            call(next(turns))
+        return (perf_counter() - start) / count
+
+    several(1)
+    seconds = min(several(1) for _ in range(max(1, warm)))
+    count = ceil(LEAST / max(seconds, 1e-9))
+    return lambda: several(count)

@@ -18,22 +18,22 @@ from flux_quant.benchmarks.machine import fingerprint, now, result_path
 from flux_quant.errors import UserError
 
 HOME = "flux_quant.benchmarks"
-SUITES = {  # name -> module with SUITE; in the order in which all of them run
-    "tiers": f"{HOME}.bench.tiers",
-    "kernels": f"{HOME}.bench.kernels",
-    "step": f"{HOME}.bench.step",
-    "image": f"{HOME}.bench.image",
-    "convert": f"{HOME}.bench.convert",
-    "text": f"{HOME}.bench.text",
-    "quality": f"{HOME}.quality",
-    "peers": f"{HOME}.peers",
+SUITES = {  # name -> module with SUITE, its part of the time; in the order in which all of them run
+    "tiers": (f"{HOME}.bench.tiers", 1),
+    "kernels": (f"{HOME}.bench.kernels", 3),
+    "step": (f"{HOME}.bench.step", 1),
+    "image": (f"{HOME}.bench.image", 2),
+    "convert": (f"{HOME}.bench.convert", 3),
+    "text": (f"{HOME}.bench.text", 2),
+    "quality": (f"{HOME}.quality", 3),
+    "peers": (f"{HOME}.peers", 3),
 }
 
 
 def suite_named(name: str) -> Suite:
     if name not in SUITES:
         raise UserError(f"suite {name}: there is none of that name; choose from {', '.join(SUITES)}")
-    return import_module(SUITES[name]).SUITE
+    return import_module(SUITES[name][0]).SUITE
 
 
 @dataclass
@@ -48,14 +48,15 @@ class Session:
     watcher: Watcher = field(default_factory=Watcher)
 
     def run(self, suites: Sequence[Suite]) -> Iterable[tuple[Run, Path]]:
-        """What each suite found, and its file. A suite may take its share of the time that is left."""
+        """What each suite found, and its file. A suite may take its part of the time that is left, the last one all."""
         until = time.monotonic() + self.seconds
         device = torch.device(self.asked.device)
         machine = fingerprint() | limits.under_load(device) | ({"note": self.note} if self.note else {})
         self.folder.mkdir(parents=True, exist_ok=True)
         can = limits.measure(device, self.folder, self.asked.quick)
         for number, suite in enumerate(suites):
-            share = (until - time.monotonic()) / (len(suites) - number)
+            parts = [part_of(other) for other in suites[number:]]
+            share = (until - time.monotonic()) * parts[0] / sum(parts)
             run, path = self.begun(suite, machine, can)
             asked = replace(self.asked, limits=can, seconds=share)
             runner = Runner(run, path, asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
@@ -84,6 +85,10 @@ class Session:
         asked = self.asked
         weights = ["--random"] if asked.random else ["--model", str(asked.model)] if asked.model else []
         return " ".join(["flux-quant bench", suite, *weights, *(["--quick"] if asked.quick else [])])
+
+
+def part_of(suite: Suite) -> int:
+    return SUITES.get(suite.name, ("", 1))[1]
 
 
 def same(earlier: Run, run: Run) -> bool:
