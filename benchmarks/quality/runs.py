@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flux_quant.drawing.resources import release
 from flux_quant.drawing.sampling import Drawing, StepState, denoise, model_inputs, modulation_rows
 from flux_quant.linear import QuantLinear
 from flux_quant.model import Flux, pack_latents
@@ -87,6 +88,7 @@ def bytes_of(model: nn.Module) -> int:
 
 def placed(model: Flux, device: torch.device, compute: str) -> AbstractContextManager[object]:
     """The model, ready to run in `compute`; block by block through two slots where the device cannot hold it whole."""
+    release(device)  # what the model before this one held
     prepare(model, device, compute)
     if device.type == "cuda" and bytes_of(model) + ROOM > torch.cuda.mem_get_info(device)[0]:
         return streamed(model, device)
