@@ -154,6 +154,20 @@ def test_ratios_are_within_a_run():
     assert "1.50 x" not in [cell for cells in texts.values() for cell in cells]
 
 
+def test_a_quick_look_does_not_stand_for_a_run():
+    whole, quick = run("step", report_runs.step_rows()), run("step", report_runs.step_rows(), date="2027-01-01")
+    quick.command += " --quick"
+    newest, earlier = latest(found(whole, quick).sources)
+    assert len(newest) == 2 and not earlier
+
+
+def test_a_machine_without_a_card_is_a_tier():
+    row = Row({"format": "q8_0", "size": "96x96"}, samples={"seconds": [1.0]})
+    made = report(found(run("step", [row], "CPU Test Processor")))
+    assert section(made, "By memory").tables[0].title == "CPU only: steps"
+    assert "CPU only" in made.claims[0].cells[0] and "1 s a step" in made.claims[0].cells[0]
+
+
 def test_earlier_runs_are_kept_apart():
     newer, older = run("step", report_runs.step_rows()), run("step", report_runs.step_rows(2.0), date="2025-01-01")
     made = report(found(older, newer))
@@ -235,6 +249,7 @@ def test_samples_that_are_no_numbers_are_left_out(tmp_path):
         ("seconds", 0.00125, "1.25 ms"),
         ("seconds", 0, "0 s"),
         ("step_seconds", 150, "2.50 min"),
+        ("picture_seconds_at_least", 9_360, "2.60 h"),
         ("file_bytes", 12_723_103_104, "12.7 GB"),
         ("bytes_moved", 0, "0 GB"),
         ("vram", 8_000_000_000, "8 GB"),

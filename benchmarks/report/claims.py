@@ -41,7 +41,8 @@ def claim(rows: Sequence[Numbered], status: str) -> str:
     best = {n.row.what.get("format"): n for n in reversed(alike)}
     formats = [format_claim(n, status) for n in reversed(best.values())]
     formats = [*formats[:MOST], *([f"{len(formats) - MOST} more formats"] if len(formats) > MOST else [])]
-    head = ", ".join(filter(None, (model_name(first.source.run), show_case(case))))
+    tier = "" if any(name in case for name in TIERS) else tier_of(first)
+    head = ", ".join(filter(None, (model_name(first.source.run), tier, show_case(case))))
     noun = NOUNS.get(first.source.run.suite, "") if status != EMULATED else ""
     return f"{head}: {listed(formats)}{noun}; {basis(first, status)}."
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flux_quant.benchmarks.bench.record import OURS, SKIPPED, Row
+from flux_quant.benchmarks.report.facts import flat
 from flux_quant.benchmarks.report.inputs import (
     Found,
     Numbered,
@@ -20,7 +21,7 @@ from flux_quant.benchmarks.report.inputs import (
     number_rows,
 )
 from flux_quant.benchmarks.report.model import Column, Line, Report, Section, Table
-from flux_quant.benchmarks.report.tables import context, flat
+from flux_quant.benchmarks.report.tables import context
 from flux_quant.benchmarks.report.words import (
     higher_is_better,
     is_time,
@@ -204,9 +205,9 @@ def machine_tables(a: Found, b: Found) -> tuple[Table, ...]:
     if not a.sources or not b.sources:
         return ()
     runs = [max(found.sources, key=lambda source: source.run.date).run for found in (a, b)]
-    facts = [dict(flat({"date": run.date[:10], "command": run.command} | run.machine)) for run in runs]
-    names = [name for name in {**facts[0], **facts[1]} if facts[0].get(name) != facts[1].get(name)]
-    lines = tuple(Line((name, facts[0].get(name, "-"), facts[1].get(name, "-"))) for name in names)
+    known = [dict(flat({"date": run.date[:10], "command": run.command} | run.machine)) for run in runs]
+    names = [name for name in {**known[0], **known[1]} if known[0].get(name) != known[1].get(name)]
+    lines = tuple(Line((name, known[0].get(name, "-"), known[1].get(name, "-"))) for name in names)
     columns = tuple(Column(name, right=False) for name in ("what", "A", "B"))
     return (Table("", columns, lines),) if lines else ()
 

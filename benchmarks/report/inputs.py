@@ -145,10 +145,12 @@ def machine_name(run: Run) -> str:
 
 
 def model_name(run: Run) -> str:
+    """What was measured with; a quick look is not held against a whole run."""
     name, kind = run.weights.get("name"), run.weights.get("kind")
     if kind == EARLIER:
         return ""
-    return "shipped model" if kind == "shipped" else str(name or kind or "unnamed weights")
+    quick = ", a quick look" if "--quick" in run.command.split() else ""
+    return ("shipped model" if kind == "shipped" else str(name or kind or "unnamed weights")) + quick
 
 
 def tier_of(numbered: Numbered) -> str:

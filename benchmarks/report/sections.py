@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flux_quant.benchmarks.bench.record import PREDICTED, REPORTED, SKIPPED, Row
-from flux_quant.benchmarks.report import tables
+from flux_quant.benchmarks.report import facts, tables
 from flux_quant.benchmarks.report.claims import HEADLINES, claims, summary
 from flux_quant.benchmarks.report.inputs import (
     CPU_ONLY,
@@ -79,7 +79,7 @@ def report(found: Found) -> Report:
         Section(
             "How to run it again",
             ("Every file, and the command that wrote it; then the command of every row.",),
-            (tables.runs_table([*newest, *earlier]), *tables.rerun_tables([*rows, *scripts, *old])),
+            (facts.runs_table([*newest, *earlier]), *facts.rerun_tables([*rows, *scripts, *old])),
         ),
         Section("Single scripts", (ABOUT_SCRIPTS,), tuple(all_tables(scripts)), folded=True)
         if scripts
@@ -190,7 +190,7 @@ def machines_section(sources: Sequence[Source]) -> Section:
     found = []
     for name, source in newest.items():
         found += [
-            tables.facts_table(f"{name}, as of {source.run.date[:10]}", source.run.machine),
-            tables.facts_table(f"{name}: what it can do, measured", source.run.limits),
+            facts.facts_table(f"{name}, as of {source.run.date[:10]}", source.run.machine),
+            facts.facts_table(f"{name}: what it can do, measured", source.run.limits),
         ]
     return Section("Machines", tables=tuple(table for table in found if table))

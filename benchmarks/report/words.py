@@ -31,6 +31,7 @@ NAMES = {
 NEARLY_ONE = ("cosine", "ssim")  # beginnings of names whose digits count behind the nines
 SIZES = {"vram", "ram", "budget"}  # names without a unit that hold bytes
 USUAL = ("16-bit", "float32")  # ways of computing that need no mention
+MUTE = ("yes", "no", "none", "all")  # words that say nothing without their name
 TIERS = ("tier", "vram")  # names of `what` that say how much memory: bytes, or as after --vram
 HIGHER_IS_BETTER = ("_per_s", "_per_second", "_db", "cosine", "accuracy", "ssim", "psnr", "snr", "throughput", "hidden")
 
@@ -59,8 +60,9 @@ def scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.00125 -> 1.25 ms; minutes from two upwards."""
-    return scaled(seconds, (("min", 60.0),) if abs(seconds) >= 120 else (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)))
+    """0.00125 -> 1.25 ms; minutes and hours from two upwards."""
+    long = (("h", 3600.0),) if abs(seconds) >= 7200 else (("min", 60.0),)
+    return scaled(seconds, long if abs(seconds) >= 120 else (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)))
 
 
 def size(nbytes: float) -> str:
@@ -216,7 +218,7 @@ def listed(parts: Sequence[str]) -> str:
 def show_what(what: dict[str, Scalar]) -> str:
     """A case in a few words: q4_k_s, 512x512, 4 steps."""
     return ", ".join(
-        text if isinstance(value, str) else f"{label(name)} {text}"
+        text if isinstance(value, str) and text not in MUTE else f"{label(name)} {text}"
         for name, value in what.items()
         if (text := show(name, value)) != NONE
     )

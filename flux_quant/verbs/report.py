@@ -10,7 +10,7 @@ from flux_quant.verbs import options as opt
 
 Results = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="RESULTS...", help="of flux-quant bench: files, folders; pictures [default: our own results]"),
+    typer.Argument(metavar="RESULTS...", help="of flux-quant bench: files, folders; pictures [default: ours]"),
 ]
 ReportFile = Annotated[
     Path | None,
