@@ -51,11 +51,18 @@ def find_components(
         raise UserError(f"{model}: no such file or directory")
     alone = model.is_dir() and is_model(model)
     roots = [model] if model.is_dir() and not alone else [model.parent, model.parent.parent]
+    transformer = model if model.is_file() or alone else choose("transformer", roots, "--model FILE")
+
+    def beside(component: str) -> Path:
+        """An all-in-one file has its own."""
+        own = matches(transformer, FAMILIES[component])
+        return transformer if own else choose(component, roots, f"--{component}")
+
     return Components(
-        transformer=model if model.is_file() or alone else choose("transformer", roots, "--model FILE"),
-        t5=t5 or choose("t5", roots, "--t5"),
-        clip=clip or choose("clip", roots, "--clip"),
-        vae=vae or choose("vae", roots, "--vae"),
+        transformer=transformer,
+        t5=t5 or beside("t5"),
+        clip=clip or beside("clip"),
+        vae=vae or beside("vae"),
         tokenizers=tokenizers or find_tokenizers(roots),
     )
 
