@@ -43,7 +43,7 @@ style: $(STAMP) ## fix what `check` finds
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## measure this machine in less than 15 minutes, write benchmarks/results/, then docs/report/
-	$(BIN)/flux-quant bench --minutes $(MINUTES) --output $(RESULTS) $(ARGS)
+	$(BIN)/flux-quant bench --minutes $(MINUTES) --repeats 3 --output $(RESULTS) $(ARGS)
 	$(MAKE) report
 
 report: $(STAMP) ## make docs/report/ and the tables of README.md from benchmarks/results/

@@ -289,6 +289,18 @@ def test_a_suite_has_its_share_of_the_time(tmp_path: Path, still: None):
     assert shares[0] == pytest.approx(25, abs=5) and shares[-1] == pytest.approx(100, abs=5)
 
 
+def test_one_of_many_suites_that_has_nothing_to_measure_says_why(tmp_path: Path, still: None):
+    def cases(asked: Asked) -> list[Case]:
+        raise UserError("no T5 here")
+
+    log: list[str] = []
+    lacking = Suite("lacking", "", cases, cases)
+    runs = [run for run, _ in session.Session(Asked(), tmp_path, 60.0).run([lacking, suite_of(case("a", log))])]
+    assert [(row.status, row.note) for row in runs[0].rows] == [(SKIPPED, "no T5 here")] and "a" in log
+    with pytest.raises(UserError, match="no T5 here"):
+        list(session.Session(Asked(), tmp_path, 60.0).run([lacking]))
+
+
 def test_an_interrupted_bench_exits_with_130(tmp_path: Path, still: None, monkeypatch: pytest.MonkeyPatch, capsys):
     def stop() -> Row:
         raise KeyboardInterrupt

@@ -189,7 +189,7 @@ def test_results_of_scripts_are_read_as_runs(tmp_path: Path):
     path.write_text(json.dumps(content))
     run = load(path)
     streamed, product, missing = run.rows
-    assert run.suite == "streaming" and run.date == told()["date"]
+    assert run.suite == "step" and run.weights["name"] == "streaming" and run.date == told()["date"]
     assert streamed.status == EMULATED and streamed.samples["seconds"] == [2.0, 2.5]
     assert streamed.what == {"part": "rows", "what": "step", "format": "q8_0", "size": 512, "vram": 8 * 10**9}
     assert streamed.expected == {"predicted_seconds": 1.9, "bound_seconds": 1.5, "bound_by": "copies"}

@@ -132,6 +132,7 @@ def test_steps_on_a_card_are_those_of_streaming(stand_in: Stage):
     for row in rows:
         assert len(row.samples["seconds"]) in (streaming.TIMED, streaming.TIMED_SLOW) and row.note == ""
         assert len(row.samples["first_seconds"]) == streaming.WARM and row.expected["predicted_seconds"] > 0
+        assert row.memory["host_rss"] > 0 and "host_pinned" in row.memory
     assert rows[0].values["bytes_moved"] == 0 < rows[1].values["bytes_moved"]
 
 

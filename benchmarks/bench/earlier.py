@@ -14,7 +14,8 @@ from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, SKIPPED, Row,
 from flux_quant.errors import UserError
 from flux_quant.planner.memory import parse_amount
 
-NAMES = {"conversion": "convert", "text_memory": "text", "cpu_linear": "kernels"}  # script -> suite of today
+# script -> suite of today
+NAMES = {"conversion": "convert", "text_memory": "text", "cpu_linear": "kernels", "streaming": "step"}
 WHAT = {"size", "batch", "width", "height", "words", "rows", "n", "k", "m", "threads", "steps", "layers"}
 WHAT |= {"tiles", "budget_gb"}
 MEMORY = {  # names of bytes -> of `Row.memory`

@@ -1,7 +1,7 @@
 """Suite `kernels`: weights unpacked and multiplied on this device, each against what others do with the same weights.
 
-dequantize: a whole weight into memory that is there already; ours, the codec in torch operations, on a CPU gguf-py and
-ours on one thread as gguf-py has one, on CUDA the chain of operations of today's loaders. Bound: the bytes at the rate
+dequantize: a whole weight into memory that is there already; ours; on a CPU the codec in torch operations, gguf-py, and
+ours on one thread as gguf-py has one; on CUDA the chain of operations of today's loaders. Bound: the bytes at the rate
 of a copy. linear: layers of T5-XXL on a CPU, of FLUX.1 and T5 on CUDA; ours, and torch's product with the dense weight.
 Bound: the larger of operations and bytes. Weights rotate over copies that no cache holds on CUDA.
 """
@@ -99,10 +99,12 @@ def unpacked(asked: Asked, name: str, fmt: QuantFormat, shape: Shape, dtype: tor
         copies, target = parts.get(), out.get()
         return lambda i: target.copy_(fmt.unpack(*copies[i])), len(copies), row()
 
-    contenders = [(OURS, threads, by_us), (CODEC, threads, by_codec)]
+    contenders = [(OURS, threads, by_us)]
     if device.type == "cuda":
         contenders.append((CHAIN, threads, partial(by_chain, file_form(fmt), shape, device, dtype, row)))
-    elif fmt.block > 1:
+    else:
+        contenders.append((CODEC, threads, by_codec))
+    if device.type != "cuda" and fmt.block > 1:
         contenders.append((f"gguf-py {version('gguf')}", 1, partial(by_gguf, fmt, parts, row)))
         if threads > 1:
             contenders.append((OURS, 1, by_us))

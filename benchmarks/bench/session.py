@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from flux_quant.benchmarks.bench import limits, models
-from flux_quant.benchmarks.bench.record import Run, read_run, slug
+from flux_quant.benchmarks.bench.record import SKIPPED, Row, Run, read_run, slug
 from flux_quant.benchmarks.bench.runner import Runner, Watcher
-from flux_quant.benchmarks.bench.suite import Asked, Suite
+from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
 from flux_quant.benchmarks.machine import fingerprint, now, result_path
 from flux_quant.errors import UserError
 
@@ -58,15 +58,26 @@ class Session:
             parts = [part_of(other) for other in suites[number:]]
             share = (until - time.monotonic()) * parts[0] / sum(parts)
             run, path = self.begun(suite, machine, can)
-            asked = replace(self.asked, limits=can, seconds=share)
-            runner = Runner(run, path, asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
+            runner = Runner(run, path, self.asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
             runner.watcher = self.watcher
-            runner.measure(list(suite.cases(asked)))
+            runner.measure(self.cases(suite, replace(self.asked, limits=can, seconds=share), len(suites) == 1))
             yield run, path
+
+    def cases(self, suite: Suite, asked: Asked, alone: bool) -> list[Case]:
+        """Where one of many suites has nothing to measure, it says why and the others go on."""
+        try:
+            return list(suite.cases(asked))
+        except UserError as error:
+            if alone:
+                raise
+            return [Case({"suite": suite.name}, lambda error=error: Row(status=SKIPPED, note=str(error)))]
 
     def begun(self, suite: Suite, machine: dict, can: dict) -> tuple[Run, Path]:
         """A new run, with the rows of an earlier one of the day that it resumes."""
-        weights = (suite.weights or models.weights_of)(self.asked)
+        try:
+            weights = (suite.weights or models.weights_of)(self.asked)
+        except UserError:  # which the cases say
+            weights = {"kind": "none", "name": "none"}
         path = self.path(suite.name, str(machine["date"])[:10])
         run = Run(suite.name, shlex.join(["flux-quant", *sys.argv[1:]]), now(), weights, machine, can)
         if self.resume and path.exists():

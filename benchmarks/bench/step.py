@@ -18,6 +18,7 @@ import torch
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks import streaming
 from flux_quant.benchmarks.bench import models
+from flux_quant.benchmarks.bench.memory import watched
 from flux_quant.benchmarks.bench.models import SOURCE, Workshop
 from flux_quant.benchmarks.bench.prepared import Prepared
 from flux_quant.benchmarks.bench.record import EMULATED, Row, Scalar
@@ -222,9 +223,12 @@ def streamed(formats: Formats, name: str, size: tuple[int, int], vram: str | Non
     if size[0] != size[1]:
         raise UserError(f"{named_size(size)}: steps on CUDA are measured on squares")
     bench = formats.at(name)
-    with torch.inference_mode():
+    with watched(bench.stage.place) as peaks:
         found = bench.step(streaming.Case(size[0], vram))
-    return row_of(found, bench.stage.machine.total)
+    row = row_of(found, bench.stage.machine.total)
+    row.memory |= {name: nbytes for name, nbytes in peaks.memory.items() if name not in ("allocated", "reserved")}
+    row.memory["host_pinned"] = bench.streamer.metrics().pinned_bytes
+    return row
 
 
 def row_of(found: dict, total: int) -> Row:

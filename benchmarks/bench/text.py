@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import torch
 
@@ -81,12 +82,14 @@ def encoders(asked: Asked) -> list[Encoder]:
 
 
 def cases(asked: Asked) -> Iterator[Case]:
-    for encoder in encoders(asked):
+    todo = encoders(asked)
+    for encoder in todo:
         chosen = CASES if encoder.blocks == ALL else CASES[:1]
+        share = asked.seconds / len(todo) / len(chosen)
         for number, (budget, cold) in enumerate(chosen):
             what = {"format": encoder.format, "blocks": encoder.blocks, "words": TOKENS}
             what |= {"threads": torch.get_num_threads(), "ram_budget_bytes": budget, "from_drive": cold}
-            work = Encodings(encoder, budget, cold, asked.repeats)
+            work = Encodings(encoder, budget, cold, asked.repeats, share)
             needs = SECONDS * encoder.blocks / ALL * 2
             yield Case(what, work, needs=needs, close=encoder.close if number + 1 == len(chosen) else nothing)
 
@@ -97,6 +100,7 @@ class Encodings:
     budget: int | None
     cold: bool
     repeats: int
+    seconds: float  # after which no other process is begun
 
     def __call__(self) -> Row:
         if not sys.platform.startswith("linux"):
@@ -104,8 +108,10 @@ class Encodings:
         needed = self.encoder.nbytes + OWN_MEMORY
         if self.budget is None and self.encoder.path is None and needed > ram_now()[1]:
             raise UserError(f"{ram_now()[1] / 1e9:.1f} GB of RAM are free, {needed / 1e9:.1f} GB are needed")
-        path = self.encoder.file()
-        found = [self.encode(path) for _ in range(-(-self.repeats // 2))]
+        start, path = monotonic(), self.encoder.file()
+        found = [self.encode(path)]
+        while 2 * len(found) < self.repeats and monotonic() - start < self.seconds:
+            found.append(self.encode(path))
         names = ("seconds", "processor_seconds", "linears_seconds")
         bound = min(one["bound"] for one in found)
         return Row(
