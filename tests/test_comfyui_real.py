@@ -4,24 +4,41 @@ ComfyUI has FLUX.1's 24 heads built in, so what it is compared with at full widt
 random weights; the other comparisons use small models, for which ComfyUI's detection is told the number of heads.
 """
 
+import asyncio
 import gc
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_core_nodes import CORE, signature_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+import flux_quant
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks.random_weights import DEV, SPREAD
 from flux_quant.errors import UserError
 from flux_quant.model import Flux
 
 CHECKOUT, GGUF_NODE = (os.environ.get(name) for name in ("COMFYUI_DIR", "GGUF_NODE_DIR"))
+PACK = Path(flux_quant.__file__).parent / "frontends/comfyui"
+OURS = ("FluxQuantLoader", "FluxQuantTextEncoders", "FluxQuantLora", "FluxQuantConvert", "FluxQuantPlan")
+LOADER = dict(vram_budget="auto", ram_budget="auto", compute="auto", hoisted_modulation=True)
+FOLDER_OF = {
+    "model_name": "diffusion_models",
+    "t5_name": "text_encoders",
+    "clip_l_name": "text_encoders",
+    "lora_name": "loras",
+    "vae_name": "vae",
+    "control_net_name": "controlnet",
+    "image": "../input",
+}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHECKOUT, reason="COMFYUI_DIR names no checkout of ComfyUI"),
@@ -67,8 +84,7 @@ def comfy(tmp_path_factory):
 
 
 def ours(comfy, name: str = USUAL, **options: object):
-    given = dict(vram_budget="auto", ram_budget="auto", compute="auto", hoisted_modulation=True) | options
-    return comfy.run("FluxQuantLoader", model_name=name, **given)
+    return comfy.run("FluxQuantLoader", model_name=name, **LOADER | options)
 
 
 def theirs(comfy, name: str = USUAL):
@@ -620,3 +636,90 @@ def test_plan(comfy):
     found = comfy.run("FluxQuantPlan", model_name=USUAL, gpu="rtx-3060-12gb", **inputs)
     text = found["result"][0]
     assert "4 blocks" in text and "s a step" in text and found["ui"]["text"] == [text]
+
+
+# --- Installing, workflows, whole prompts -----------------------------------------------------------------------------
+
+
+def test_comfyui_finds_the_installed_pack(comfy, tmp_path):
+    """By its own search of custom_nodes, whether a link or a loader lies there."""
+    from flux_quant.verbs.comfyui import NAME, put_in
+
+    for copy in (False, True):
+        place = tmp_path / str(copy) / NAME
+        place.parent.mkdir()
+        put_in(place, copy)
+        for name in OURS:
+            comfy.nodes.pop(name, None)
+        assert asyncio.run(comfy.module.load_custom_node(str(place)))
+        assert set(OURS) <= set(comfy.nodes)
+        assert comfy.module.NODE_DISPLAY_NAME_MAPPINGS["FluxQuantLora"] == "Apply LoRA (flux_quant)"
+
+
+def test_signatures_of_comfyuis_nodes(comfy):
+    found = {name: signature_of(comfy.nodes[name]) for name in CORE}
+    assert found == CORE
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (PACK / "workflows/api").glob("*.json")))
+def test_comfyui_accepts_the_workflow(comfy, name):
+    import execution
+
+    prompt = json.loads((PACK / "workflows/api" / f"{name}.json").read_text())
+    places = {key: comfy.models / folder for key, folder in FOLDER_OF.items()}
+    for node in prompt.values():
+        for key, value in node["inputs"].items():
+            if key in places and isinstance(value, str):
+                (places[key] / value).touch()
+    valid, error, outputs, problems = asyncio.run(execution.validate_prompt(name, prompt, None))
+    assert valid and outputs == ["22"], (error, problems)
+    for key, place in places.items():
+        for node in prompt.values():
+            if isinstance(node["inputs"].get(key), str):
+                (place / node["inputs"][key]).unlink(missing_ok=True)
+
+
+def node(kind: str, **inputs: object) -> dict[str, object]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def test_whole_prompts(comfy, encoders, loras):
+    """Executed as ComfyUI executes them: twice, with a change, interrupted, and again."""
+    import execution
+
+    widths = SMALL | {"context": T5["d_model"], "pooled": CLIP["hidden_size"]}
+    save_file(weights(widths), comfy.models / "diffusion_models/reads.safetensors")
+    said: list[str] = []
+    server = SimpleNamespace(client_id="test", last_node_id=None, last_prompt_id=None)
+    server.send_sync = lambda kind, *_: said.append(kind)
+    text = dict(t5_name=encoders[0], clip_l_name=encoders[1], device="cpu", disk_cache=False)
+    drawing = dict(seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+    wires = dict(model=["2", 0], positive=["4", 0], negative=["4", 0], latent_image=["5", 0])
+    prompt = {
+        "1": node("FluxQuantLoader", model_name="reads.safetensors", **LOADER),
+        "2": node("FluxQuantLora", model=["1", 0], lora_name=loras[0], strength=0.5),
+        "3": node("FluxQuantTextEncoders", **text),
+        "4": node("CLIPTextEncode", clip=["3", 0], text="a fox"),
+        "5": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        "6": node("KSampler", **drawing, **wires),
+        "7": node("SaveLatent", samples=["6", 0], filename_prefix="whole"),
+    }
+    more = inspect.signature(execution.PromptExecutor).parameters
+    executor = execution.PromptExecutor(server, **({"cache_args": {"ram": 0}} if "cache_args" in more else {}))
+
+    def execute(number: int) -> list[str]:
+        said.clear()
+        executor.execute(prompt, f"prompt {number}", {"client_id": "test"}, ["7"])
+        return said
+
+    assert "execution_success" in execute(1)
+    assert "execution_success" in execute(2)
+    prompt["2"]["inputs"]["strength"] = -0.5
+    assert "execution_success" in execute(3)
+    prompt["6"]["inputs"]["seed"] = 2
+    model = next(one.model for one in comfy.management.loaded_models() if hasattr(one.model, "seat"))
+    stop = comfy.management.interrupt_current_processing
+    handle = model.seat.engine.double_blocks[0].register_forward_hook(lambda *_: stop())
+    assert "execution_interrupted" in execute(4)
+    handle.remove()
+    assert "execution_success" in execute(5)

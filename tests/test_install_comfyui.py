@@ -90,8 +90,9 @@ def test_the_loader_says_what_is_missing(folder):
     """As ComfyUI runs it: under a name of its own, by path."""
     assert install(folder, "--copy") == 0
     code = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('x', sys.argv[1], submodule_search_locations=[])"
-        "; s.loader.exec_module(u.module_from_spec(s))"
+        "import importlib.util as u, sys; "
+        "s = u.spec_from_file_location('x', sys.argv[1], submodule_search_locations=[]); "
+        "s.loader.exec_module(u.module_from_spec(s))"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(place(folder) / "__init__.py")], capture_output=True, text=True

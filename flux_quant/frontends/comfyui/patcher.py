@@ -19,7 +19,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from flux_quant.errors import UserError
-from flux_quant.frontends.comfyui.seat import Loras, Seat
+from flux_quant.frontends.comfyui.seat import Loras, Seat, same
 from flux_quant.frontends.comfyui.transformer import Transformer
 from flux_quant.lora import shapes_in
 from flux_quant.model import Flux
@@ -87,7 +87,7 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         return copy
 
     def clone_has_same_weights(self, clone: "EnginePatcher", *args: Any, **kwargs: Any) -> bool:
-        return self.loras == clone.loras and bool(super().clone_has_same_weights(clone, *args, **kwargs))
+        return same(self.loras, clone.loras) and bool(super().clone_has_same_weights(clone, *args, **kwargs))
 
     # Memory: what ComfyUI asks, and what it tells.
 

@@ -35,6 +35,12 @@ PASSING = ("CUDA context", "embedders, last layer")  # parts of a plan that are 
 Loras = tuple[tuple[Lora, float], ...]
 
 
+def same(some: Loras, others: Loras) -> bool:
+    """Files are compared by identity: a file that is read again is another one."""
+    pairs = zip(some, others, strict=False)
+    return len(some) == len(others) and all(a is b and x == y for (a, x), (b, y) in pairs)
+
+
 def memory_for(device: torch.device, vram: str, ram: str, log: Callable[[str], None]) -> Memory | None:
     """A CUDA device as plans see it; None for a processor. UserError for a budget that is no amount of memory."""
     budget = None if vram in ("", AUTO) else parse_amount(vram, "VRAM budget")
@@ -128,7 +134,7 @@ class Seat:
     @torch.no_grad()
     def settle(self, loras: Loras, allowance: float, dtype: torch.dtype) -> None:
         """With these LoRAs, and at most `allowance` bytes on the device. UserError, and nobody there, if that fails."""
-        if loras != self.loras:
+        if not same(loras, self.loras):
             self.leave()
             self.loras = ()
             apply_(self.engine, loras, dtype=dtype)
