@@ -45,7 +45,7 @@ class Given:
     picture: Tensor | None = None  # (1, 3, H, W) in 0-1
     latents: Tensor | None = None  # (1, 16, h, w) of it, to begin with; without them a drawing begins with noise
     mask: Tensor | None = None  # (1, 1, H, W): 1 where it is drawn anew
-    blended: bool = True  # after each step what the mask keeps is put back; not where the model itself sees it
+    blended: bool = True  # where there are latents, what the mask keeps is put back after each step; not by Fill
     beside: Tensor | None = None  # (1, S, channels) that the model reads beside the latents
     reference: Reference | None = None
     controls: tuple[Control, ...] = ()
@@ -120,7 +120,7 @@ def read_given(request: Request, config: FluxConfig, nets: Nets, encode: Encode)
         picture,
         None if picture is None or noise else encode(picture),
         mask,
-        blended=kind != FILL and not any(net.config.inpaints for _, net in nets),
+        blended=kind != FILL,
         beside=beside,
         reference=reference_of(request, encode) if request.reference else None,
         controls=tuple(control_of(asked, net, request, picture, mask, encode) for asked, net in nets),
