@@ -4,8 +4,9 @@
 
 Two tasks: an emoji is exchanged for another (a mask over all of it, a caption of the other), and a part of a picture
 is restored (a half, a quarter or a strip, its own caption). Each with the shipped net, with the net and the Turbo LoRA
-in 8 steps, and without a net, where what is kept is put back after each step. Writes
-benchmarks/results/tiny_inpainting.json; `--reference` also compares the shipped net with its weights in bfloat16.
+in 8 steps, and without a net. What is kept is put back after each step, as `flux-quant inpaint` does it, but where it
+says "alone". Updates benchmarks/results/tiny_inpainting.json; `--reference` compares the shipped net with its weights
+in bfloat16, `--ways` evaluates some ways only.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.tiny_flux.emoji import OFFSETS, POSITIONS, SIZE, WIDTHS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.inpainting import masked_psnr
 from flux_quant.benchmarks.tiny_flux.judge import Request as Asked
@@ -31,7 +31,7 @@ from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing.request import ControlRequest, Request
 from flux_quant.generation import generate
 
-NET = BUNDLED / "controlnet" / "inpainting-Q8_0.gguf"
+NET = BUNDLED / "controlnet" / "inpainting-Q6_K.gguf"
 TURBO = BUNDLED / "loras" / "turbo.safetensors"
 PARTS = {"half": half, "quarter": quarter, "strip": strip}
 SWAPS = (  # what the captions of exchanged emoji ask for
@@ -51,6 +51,7 @@ class Way:
     steps: int = 20
     net: Path | None = NET
     lora: Path | None = None
+    put_back: bool = True  # after each step; without it a net draws all of the picture
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def painted(world: EmojiWorld, case: Case, way: Way, folder: Path) -> np.ndarray
         size=(SIZE, SIZE),
         image=given,
         mask=mask,
-        strength=1.0 if way.net is None else None,
+        strength=1.0 if way.put_back else None,
         controls=() if way.net is None else (ControlRequest(way.net),),
         loras=() if way.lora is None else ((way.lora, 1.0),),
     )
@@ -116,8 +117,11 @@ def swap_cases(world: EmojiWorld, count: int, seed: int) -> list[Case]:
     return cases
 
 
-def part_cases(world: EmojiWorld, count: int, seed: int) -> list[Case]:
-    """`count` of each kind of part; some of the emoji is hidden and some of it shown."""
+def part_cases(world: EmojiWorld, count: int, seed: int, named: bool = True) -> list[Case]:
+    """`count` of each kind of part; some of the emoji is hidden and some of it shown.
+
+    named: size, place and background stand in the caption beside the emoji, and not only in what is shown.
+    """
     rng, cases = np.random.default_rng(seed), []
     for part in PARTS.values():
         wanted = len(cases) + count
@@ -125,7 +129,7 @@ def part_cases(world: EmojiWorld, count: int, seed: int) -> list[Case]:
             scene = world.sample(rng)
             mask, inked = part(rng, world, scene), world.coverage(scene)[..., 3] > 0.5
             if HIDDEN <= mask[inked].mean() <= 1 - SHOWN:
-                cases.append(Case(scene, mask, world.caption(scene), seed + len(cases), scene))
+                cases.append(Case(scene, mask, world.caption(scene, named, named, named), seed + len(cases), scene))
     return cases
 
 
@@ -168,50 +172,58 @@ def restored(world: EmojiWorld, cases: Sequence[Case], found: np.ndarray) -> dic
 def ways(lora: Path | None, reference: Path | None) -> dict[str, Way]:
     """Those of which the files are there."""
     found = {
-        "net, 20 steps": Way(),
         "no net, 20 steps": Way(net=None),
+        "net, 20 steps": Way(),
         "net, 28 steps": Way(28),
         "net, 8 steps": Way(8),
+        "net alone, 20 steps": Way(put_back=False),
     }
     if lora is not None:
         found["net and turbo, 8 steps"] = Way(8, lora=lora)
-        found["turbo without a net, 8 steps"] = Way(8, None, lora)
     if reference is not None:
         found["net in bfloat16, 20 steps"] = Way(net=reference)
     return found
 
 
-def evaluate(world: EmojiWorld, count: int, asked: dict[str, Way]) -> dict[str, object]:
+def evaluate(world: EmojiWorld, count: int, way: Way) -> dict[str, object]:
     swaps, parts = swap_cases(world, count // len(SWAPS), 31337), part_cases(world, count // len(PARTS), 271828)
-    wanted, masks = np.stack([uint8(world, c.before) for c in parts]), np.stack([c.mask for c in parts])
-    figures: dict[str, object] = dict(
-        exchanged_pictures=len(swaps),
-        restored_pictures=len(parts),
-        guidance=3.5,
-        net_bytes=NET.stat().st_size,
-        seam_of_the_originals=seam(wanted, masks),
+    short = part_cases(world, count // len(PARTS), 161803, named=False)
+    changed, found, guessed = (painted_all(world, cases, way) for cases in (swaps, parts, short))
+    return dict(
+        pictures=len(swaps) + len(parts) + len(short),
+        kept=min(kept(world, *pair) for pair in ((swaps, changed), (parts, found), (short, guessed))),
+        exchanged=exchanged(world, swaps, changed),
+        restored=restored(world, parts, found),
+        restored_emoji_named_only=restored(world, short, guessed),
     )
-    found: dict[str, np.ndarray] = {}
-    for name, way in asked.items():
-        changed, found[name] = painted_all(world, swaps, way), painted_all(world, parts, way)
-        figures[name] = dict(
-            kept=min(kept(world, swaps, changed), kept(world, parts, found[name])),
-            exchanged=exchanged(world, swaps, changed),
-            restored=restored(world, parts, found[name]),
-        )
-        print(name, figures[name], flush=True)
-    shipped, bf16 = "net, 20 steps", "net in bfloat16, 20 steps"
-    if bf16 in found:
-        region = torch.from_numpy(masks)[:, None].float()
-        pair = tensor(found[shipped]), tensor(found[bf16])
-        figures["psnr_of_shipped_to_bfloat16"] = float(psnr(*pair).mean())
-        figures["psnr_of_shipped_to_bfloat16_in_masks"] = float(masked_psnr(*pair, region).mean())
-    return figures
+
+
+def shipped_to_reference(world: EmojiWorld, count: int, reference: Path) -> dict[str, float]:
+    """PSNR between what the shipped net and its weights in bfloat16 paint, in the masks."""
+    cases = part_cases(world, count // len(PARTS), 271828)
+    masks = torch.from_numpy(np.stack([case.mask for case in cases]))[:, None].float()
+    pair = (tensor(painted_all(world, cases, way)) for way in (Way(), Way(net=reference)))
+    values = masked_psnr(*pair, masks)
+    return dict(pictures=len(cases), psnr=float(values.mean()), worst=float(values.min()))
+
+
+def table(figures: dict) -> str:
+    """For docs/controlnet.md."""
+    rows = [
+        "| way | right emoji | part restored | half | quarter | strip | emoji named only | seam |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, way in figures["ways"].items():
+        full, short = way["restored"], way["restored_emoji_named_only"]
+        psnrs = (f"{value:.1f} dB" for value in (*(full[k] for k in ("psnr", *PARTS)), short["psnr"]))
+        rows.append("| " + " | ".join([name, f"{way['exchanged']:.0%}", *psnrs, f"{full['seam']:.3f}"]) + " |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=48, help="pictures per task and way")
+    parser.add_argument("--count", type=int, default=24, help="pictures per task and way")
+    parser.add_argument("--ways", nargs="*", help="names of some; the figures of others stay as they are")
     parser.add_argument("--lora", type=Path, default=TURBO, help="left out if there is no such file")
     parser.add_argument("--reference", type=Path, help="the net's weights in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -220,9 +232,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     lora = args.lora if args.lora.is_file() else None
-    figures = evaluate(EmojiWorld(), args.count, ways(lora, args.reference))
+    world, path = EmojiWorld(), args.out / "tiny_inpainting.json"
+    asked, found = ways(lora, args.reference), {}
+    for name in args.ways or asked:
+        found[name] = evaluate(world, args.count, asked[name])
+        print(name, found[name], flush=True)
+    parts = part_cases(world, args.count // len(PARTS), 271828)
+    originals = np.stack([uint8(world, case.before) for case in parts]), np.stack([case.mask for case in parts])
+    figures = json.loads(path.read_text()) if path.is_file() else dict(guidance=3.5, ways={})
+    figures["ways"] = {name: (figures["ways"] | found)[name] for name in asked if name in figures["ways"] | found}
+    figures["net"] = dict(file=NET.name, bytes=NET.stat().st_size)
+    figures["seam_of_the_originals"] = seam(*originals)
+    if args.reference:
+        figures["shipped_to_bfloat16"] = shipped_to_reference(world, args.count, args.reference)
     figures["versions"] = dict(torch=torch.__version__, python=platform.python_version())
-    (args.out / "tiny_inpainting.json").write_text(json.dumps(figures, indent=2) + "\n")
+    path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

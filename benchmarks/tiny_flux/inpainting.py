@@ -4,12 +4,12 @@ The net is a copy of the model's double blocks. It reads the noisy latents, the 
 does, and 68 channels more: the latents of the picture with black where it is drawn anew, and where it is kept. What it
 adds to the model begins at zero. The model, its text encoders and its VAE stay as they are.
 
-Rectified flow as in `train`, an error inside the mask counting more than one outside. At first guidance is 1, where the
-model is one of the data; in the last part of the time half of each batch learns what `train` distils, for guidance of
-1 to 6: the target grows by (g - 1) times the difference that the caption makes to the averaged net and the model.
+Rectified flow as in `train`, an error inside the mask counting more than one outside; guidance is 3.5, or 1 to 6. Where
+little is hidden the target is that of the data: what is seen decides, and guidance would lead away from it. Where most
+is hidden, the caption decides: the target grows by what guidance changes in the model alone.
 
     python -I -m flux_quant.benchmarks.tiny_flux.inpainting --out build/tiny/inpainting --minutes 40 --compile
-    flux-quant convert build/tiny/inpainting/net.safetensors -o flux_quant/tiny_flux/controlnet/inpainting-Q8_0.gguf \\
+    flux-quant convert build/tiny/inpainting/net.safetensors -o flux_quant/tiny_flux/controlnet/inpainting-Q6_K.gguf \\
         -f q8_0
 
 Writes `net.safetensors` in diffusers' names, the averaged weights, and a checkpoint at every check; resumes from it.
@@ -52,7 +52,9 @@ from flux_quant.loading import load_vae
 from flux_quant.model import Flux, Residuals, image_ids, text_ids, unpack_latents
 from flux_quant.naming import to_diffusers
 
-INSIDE, OUTSIDE = 1.0, 0.2  # weights of an error where the picture is drawn anew and where it is kept
+INSIDE, OUTSIDE = 1.0, 0.7  # weights of an error where the picture is drawn anew and where it is kept
+USUAL_GUIDANCE = 3.5
+GUIDED, HIDDEN = 12, (0.3, 0.7)  # pictures of a batch that keep guidance; all of it from the second share on
 CHECKED = 48  # pictures whose masked part is compared in a check, and as many emoji that are exchanged
 PARTS = (half, quarter, strip)
 
@@ -72,9 +74,17 @@ def fresh_net(flux: Flux, blocks: int) -> ControlNet:
             nn.init.zeros_(project.weight)
             nn.init.zeros_(project.bias)
         nn.init.zeros_(net.controlnet_x_embedder.bias)
-        nn.init.normal_(net.controlnet_x_embedder.weight, 0, 0.02)
-        net.controlnet_x_embedder.weight[:, : CONFIG.in_channels] = own["img_in.weight"]
+        net.controlnet_x_embedder.weight.copy_(seen_beside(own["img_in.weight"]))
     return net
+
+
+def seen_beside(img_in: Tensor) -> Tensor:
+    """(hidden, 68): the picture and the mask where `img_in` (hidden, 64) reaches nothing, so that neither covers the
+    noisy latents, and half of the picture where those are, which the copied blocks understand."""
+    directions = torch.linalg.svd(img_in)[0][:, img_in.shape[1] :][:, :INPAINTING]
+    beside = directions * torch.linalg.svdvals(img_in).median()
+    beside[:, : img_in.shape[1]] += 0.5 * img_in
+    return beside
 
 
 def in_diffusers_names(net: ControlNet) -> dict[str, Tensor]:
@@ -166,7 +176,7 @@ class Check:
 
     @torch.no_grad()
     def __call__(self, net: ControlNet | None, steps: int = 12, guidance: float = 3.5) -> dict[str, float]:
-        """Without a net: what is kept is put back after each step."""
+        """PSNR of restored parts, and the share of exchanged emoji that are right. What is kept is put back."""
         restored = self.drawn(net, self.pictures, self.masks, self.text, steps, guidance)
         changed = self.drawn(net, self.old_pictures, self.old_masks, self.new_text, steps, guidance)
         verdict = nearest(self.world, changed, Asked("large", None, "green"))
@@ -179,14 +189,13 @@ class Check:
     ) -> Tensor:
         noise = torch.randn(len(pictures), 36, 64, generator=torch.Generator().manual_seed(99))
         condition = inpainting_tokens(pictures, masks, lambda x: vae.encode(self.vae, x))
-        if net is None:
-            kept = condition[..., CONFIG.in_channels :].repeat(1, 1, CONFIG.in_channels // 4)
-            known = latents_of_pictures(self.vae, pictures)
-            more = dict(known=known, mask=1 - kept)
-        else:
-            more = dict(controls=(Control(net, condition),))
+        kept = condition[..., CONFIG.in_channels :].repeat(1, 1, CONFIG.in_channels // 4)
+        known = latents_of_pictures(self.vae, pictures)
+        controls = () if net is None else (Control(net, condition),)
         levels = noise_levels("euler", steps, 36, guided=True)
-        drawing = Drawing(noise, Conditioning(*text), GRID, levels, guidance, **more)
+        drawing = Drawing(
+            noise, Conditioning(*text), GRID, levels, guidance, known=known, mask=1 - kept, controls=controls
+        )
         found = vae.decode(self.vae, unpack_latents(denoise(self.flux, drawing), *GRID))
         return composite(found, pictures, masks)
 
@@ -209,20 +218,26 @@ class Trainer:
         self.pool = Pool(self.world, args.out / "pool.pt", args.pool, args.masks, args.seed)
         self.net = fresh_net(self.bundle.flux, args.blocks)
         self.average = copy.deepcopy(self.net).requires_grad_(False)
-        matrices = [p for name, p in self.net.named_parameters() if "double_blocks." in name and p.ndim == 2]
+        matrices = [p for name, p in self.net.named_parameters() if "_blocks." in name and p.ndim == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.net.parameters() if id(p) not in chosen]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(matrices, args.lr * MUON_RATE, weight_decay=0.01),
             "adam": torch.optim.AdamW(rest, args.lr, betas=(0.9, 0.98), weight_decay=0.01),
         }
-        self.velocity = torch.compile(velocity, dynamic=False) if args.compile else velocity
+        self.velocity, self.alone = velocity, self.model_alone
+        if args.compile:
+            self.velocity = torch.compile(velocity, dynamic=False)
+            self.alone = torch.compile(self.model_alone, dynamic=False)
         self.minutes, self.step = 0.0, 0
         if (args.out / "checkpoint.pt").exists():
             self.resume()
         self.first_step = self.step
         self.rng = np.random.default_rng([args.seed, self.step])
         torch.manual_seed(args.seed + self.step)
+
+    def model_alone(self, x: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor) -> Tensor:
+        return self.bundle(x, (txt, pooled), t, guidance)
 
     def resume(self) -> None:
         saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True)
@@ -256,11 +271,9 @@ class Trainer:
         with torch.no_grad():
             text = self.bundle.encode(captions)
         t, noise = shifted_uniform(n), torch.randn_like(clean)
-        x, target, guidance = torch.lerp(clean, noise, t[:, None, None]), noise - clean, torch.ones(n)
-        if self.minutes >= self.args.distill_from * self.args.minutes:
-            half = n // 2
-            guidance[:half].uniform_(*GUIDANCE)
-            target[:half] += self.guided_difference(x[:half], condition[:half], text, t[:half], guidance[:half])
+        x, target = torch.lerp(clean, noise, t[:, None, None]), noise - clean
+        guidance = torch.where(torch.rand(n) < self.args.usual, USUAL_GUIDANCE, torch.empty(n).uniform_(*GUIDANCE))
+        target = target + self.left_of_guidance(x, condition, text, t, guidance)
         found = self.velocity(self.net, self.bundle.flux, x, condition, *text, t, guidance)
         loss = ((found - target).square() * weights_of(condition)).mean()
         for name, optimizer in self.optimizers.items():
@@ -278,16 +291,16 @@ class Trainer:
         return loss.detach()
 
     @torch.no_grad()
-    def guided_difference(
+    def left_of_guidance(
         self, x: Tensor, condition: Tensor, text: tuple[Tensor, Tensor], t: Tensor, guidance: Tensor
     ) -> Tensor:
-        """(g - 1) (v(caption) - v(no caption)), by the averaged net and the model at guidance 1."""
-        empty = self.bundle.encode([""])
-        both = [torch.cat([part[: len(x)], none.expand(len(x), *none.shape[1:])]) for part, none in zip(text, empty, strict=True)]  # fmt: skip  # noqa: E501
-        twice = (torch.cat([part, part]) for part in (x, condition))
-        found = self.velocity(self.average, self.bundle.flux, *twice, *both, torch.cat([t, t]), torch.ones(2 * len(x)))
-        with_caption, without = found.chunk(2)
-        return (guidance - 1)[:, None, None] * (with_caption - without)
+        """What guidance changes in the model alone, for the GUIDED pictures of which most is hidden; 0 for the rest."""
+        hidden = 1 - condition[..., CONFIG.in_channels :].mean(dim=(1, 2))
+        most = hidden.topk(GUIDED).indices
+        share = ((hidden[most] - HIDDEN[0]) / (HIDDEN[1] - HIDDEN[0])).clamp(0, 1)
+        given = [torch.cat([part[most], part[most]]) for part in (x, *text, t)]
+        guided, plain = self.alone(*given, torch.cat([guidance[most], torch.ones(GUIDED)])).chunk(2)
+        return torch.zeros_like(x).index_copy_(0, most, share[:, None, None] * (guided - plain))
 
     def run(self) -> None:
         check = Check(self.world, self.bundle)
@@ -317,8 +330,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/tiny/inpainting"))
     parser.add_argument("--blocks", type=int, choices=(1, 2), default=2, help="double blocks of the net")
     parser.add_argument("--minutes", type=float, default=40, help="training time in all, resumed runs included")
-    parser.add_argument("--distill-from", type=float, default=0.6, help="share of the time after which it begins")
     parser.add_argument("--decay-from", type=float, default=0.5, help="share of the time at a constant learning rate")
+    parser.add_argument("--usual", type=float, default=0.7, help="share of guidance 3.5; the rest is 1 to 6")
     parser.add_argument("--check-every", type=float, default=5, help="minutes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
