@@ -9,6 +9,7 @@ from flux_quant.benchmarks.report.tables import CARD, SPLITTERS, of_a_card
 from flux_quant.benchmarks.report.words import NONE, TIERS, USUAL, listed, marked, number, show, show_what
 
 HEADLINES = ("image", "step", "tiers", "convert", "quality")  # the first suite that has rows of a status speaks for it
+BITS = "bits_per_weight"
 NOUNS = {"image": " a picture", "step": " a step", "convert": " to convert"}  # what times of suites are of
 FIGURES = {  # what a claim without a time says
     "psnr_db": "PSNR of pictures",
@@ -35,6 +36,7 @@ def claim(rows: Sequence[Numbered], status: str) -> str:
     first = max(rows, key=predicted_seconds) if of_a_card(rows[0].row) else rows[0]
     case = without_format(first)
     alike = [n for n in rows if without_format(n) == case and n.source is first.source]
+    alike = [n for n in alike if n.row.seconds() or BITS in n.row.values] or alike  # not what others are held against
     if of_a_card(first.row):
         places = [f"{tier_of(n)} ({n.row.what[CARD]}) {format_claim(n, status)}" for n in alike if predicted_seconds(n)]
         return f"FLUX.1, {show_case(case)}: {listed(places)} a step; {basis(first, status)}."
@@ -69,7 +71,7 @@ def format_claim(numbered: Numbered, status: str) -> str:
     """q4_k_s (4.59 bits per weight) 1.25 s"""
     row = numbered.row
     name = str(row.what.get("format") or "as it is")
-    bits = row.values.get("bits_per_weight")
+    bits = row.values.get(BITS)
     name += f" ({number(bits)} bits per weight)" if is_number(bits) else ""
     if status == EMULATED:
         fits = row.values.get("fits")

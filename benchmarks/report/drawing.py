@@ -33,6 +33,8 @@ COLOURS = (
 )  # on white or black
 MOST_TICKS, LONGEST = 10, 36  # places with their own tick; characters of a name
 DECADES = 20  # between the highest and the lowest point: from here on the scale is logarithmic
+LETTER, LINE, DOT = 5.4, 9, 5  # points of a name's letter, its height, and of a dot
+SIDES = ((5, 3, 0), (-5, 3, 1), (5, -10, 0), (-5, -10, 1), (5, 13, 0), (-5, -20, 1))  # dx, dy, whether left of it
 INK = "#010203"  # becomes the colour of the page's text
 LINES = {  # kind -> how its points and the lines between them look
     MEASURED: dict(marker="o", linestyle="-"),
@@ -146,11 +148,27 @@ def draw_lines(axes: "Axes", plot: Plot) -> None:
 
 
 def name_points(axes: "Axes", plot: Plot) -> None:
+    """Names beside their points, on the side where they cover no other name, if there is one."""
     axes.margins(0.12)
+    axes.figure.draw_without_rendering()
+    scale = 72 / axes.figure.dpi
+    places = {point: axes.transData.transform(point) * scale for one in plot.series for point in one.points}
+    taken = [(x - DOT / 2, y - DOT / 2, DOT, DOT) for x, y in places.values()]
     for one in plot.series:
         for point in one.points:
-            colour = colour_of(one.name, plot)
-            axes.annotate(plain(one.name), point, (4, 4), textcoords="offset points", fontsize=9, color=colour)
+            x, y = places[point]
+            width = LETTER * len(plain(one.name))
+            boxes = [(x + dx - width * left, y + dy, width, LINE) for dx, dy, left in SIDES]
+            side = next((i for i, box in enumerate(boxes) if not any(overlap(box, other) for other in taken)), 0)
+            taken.append(boxes[side])
+            dx, dy, left = SIDES[side]
+            style = dict(textcoords="offset points", ha="right" if left else "left", fontsize=9)
+            axes.annotate(plain(one.name), point, (dx, dy), color=colour_of(one.name, plot), **style)
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Of boxes: left, bottom, width, height."""
+    return all(a[i] < b[i] + b[i + 2] and b[i] < a[i] + a[i + 2] for i in (0, 1))
 
 
 def draw_bars(axes: "Axes", plot: Plot) -> None:

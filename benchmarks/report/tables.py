@@ -5,6 +5,7 @@ A column is a function of a row that gives text, so a new name in the results ap
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from flux_quant.benchmarks.bench.record import MEASURED, OURS, PREDICTED, REPORTED, SKIPPED, Row, Scalar
 from flux_quant.benchmarks.report.inputs import Numbered, machine_name, model_name, tier_of
@@ -24,8 +25,9 @@ from flux_quant.benchmarks.report.words import (
     show_what,
 )
 
-WIDE = 13  # columns: beyond it memory gets a table of its own,
-OWN_TABLE = 3  # if it has so many columns
+WIDE = 14  # columns of a table that fits a page in print,
+FEWEST = 5  # of them figures, at least
+OWN_TABLE = 3  # columns of memory that are worth a table of their own
 MOST_NOTES = 4  # of unstable rows that are explained under a table
 FLOOR = "_floor"
 RATIO = "times_ours"  # of `values`
@@ -127,8 +129,13 @@ def show_value(numbered: Numbered, name: str) -> str:
     return shown if name == SOURCE else marked(shown, numbered.row.status, is_time(name))
 
 
+def rank(name: str) -> int:
+    """Sizes come first, what is told of single steps late, and last where it is from."""
+    return 0 if name in ("bits_per_weight", "file_bytes") else 3 if name == SOURCE else 2 if "_step_" in name else 1
+
+
 def value_fields(rows: Sequence[Numbered]) -> list[Field]:
-    fields, names = [], sorted(names_in(rows, "values"), key=lambda name: name == SOURCE)
+    fields, names = [], sorted(names_in(rows, "values"), key=rank)
     intervals = {f"{name}_{side}" for name in names for side in ("low", "high") if f"{name}_low" in names}
     intervals |= {f"{name}_most" for name in names}
     for name in names:
@@ -176,50 +183,64 @@ def our_times(rows: Iterable[Numbered]) -> dict[tuple[int, str], float]:
     }
 
 
-def build(title: str, rows: Sequence[Numbered], above: Iterable[str] = ()) -> list[Table]:
-    """One table of rows that were not skipped, or two where memory would make it too wide; none without rows."""
+def build(title: str, rows: Sequence[Numbered]) -> list[Table]:
+    """One table of the rows that were not skipped, or several with the same rows where it would be too wide; none
+    without rows."""
     rows = [numbered for numbered in rows if numbered.row.status != SKIPPED]
     if not rows:
         return []
     cases, same = case_fields(rows)
     head = [Field("row", lambda n: n.id, right=False), *cases, Field("how", status_of, right=False)]
     figures = [*sample_fields(rows), *expected_fields(rows), *ratio_field(rows, our_times(rows)), *value_fields(rows)]
-    memory = memory_fields(rows)
     told = {numbered.row.note for numbered in rows}
     remarks = [Field("remark", lambda n: n.row.note or NONE, right=False)] if len(told) > 1 else []
-    notes = [
-        *above,
-        *all_rows(same),
-        *floors(rows),
-        *unstable_notes(rows),
-        *(f"{note[0].upper()}{note[1:]}." for note in told - {""} if not remarks),
-    ]
-    fields = [*head, *figures, *memory, *remarks]
-    if len(fields) <= WIDE or len(memory) < OWN_TABLE or not figures:
-        return [assemble(title, rows, fields, notes)]
-    with_memory = [numbered for numbered in rows if numbered.row.memory]
-    return [
-        assemble(title, rows, [*head, *figures, *remarks], notes),
-        assemble(f"{title}: memory", with_memory, [*head, *memory], (), anchors=False),
-    ]
+    remark = [f"{note[0].upper()}{note[1:]}." for note in told - {""} if not remarks]
+    notes = [*all_rows(same), *floors(rows), *unstable_notes(rows), *remark]
+    room = max(FEWEST, WIDE - len(head) - len(remarks))
+    first, *more = pages(filled(figures, rows), filled(memory_fields(rows), rows), room)
+    further = f"{title}, continued" if title else "Continued"
+    others = [assemble(further, having(fields, rows), [*head, *fields], (), anchors=False) for fields in more]
+    return [assemble(title, rows, [*head, *first, *remarks], notes), *others]
+
+
+def filled(fields: Iterable[Field], rows: Sequence[Numbered]) -> list[Field]:
+    """Those that some row has."""
+    return [field for field in fields if having([field], rows)]
+
+
+def having(fields: Sequence[Field], rows: Sequence[Numbered]) -> list[Numbered]:
+    """Rows that have one of the fields."""
+    return [numbered for numbered in rows if any(field.text(numbered) != NONE for field in fields)]
+
+
+def pages(figures: list[Field], memory: list[Field], room: int) -> list[list[Field]]:
+    """Fields of one table, or of several about as wide; memory stays together, and with the last ones if it fits."""
+    if len(figures) + len(memory) <= room:
+        return [[*figures, *memory]]
+    count = max(1, ceil(len(figures) / room))
+    width = ceil(len(figures) / count)
+    found = [figures[i : i + width] for i in range(0, len(figures), width)] or [[]]
+    if memory and (len(found[-1]) + len(memory) <= room or len(memory) < OWN_TABLE):
+        found[-1] = [*found[-1], *memory]
+    elif memory:
+        found.append(memory)
+    return found
 
 
 def assemble(
     title: str, rows: Sequence[Numbered], fields: Sequence[Field], notes: Iterable[str], anchors: bool = True
 ) -> Table:
-    """Columns that are empty in every row are left out."""
-    texts = [[field.text(numbered) for numbered in rows] for field in fields]
-    kept = [i for i, column in enumerate(texts) if set(column) != {NONE}]
+    """`anchors`: it is the first table of its rows, to which others point."""
     lines = tuple(
         Line(
-            tuple(texts[i][j] for i in kept),
+            tuple(field.text(numbered) for field in fields),
             numbered.row.status,
             numbered.id if anchors else "",
             bool(numbered.row.unstable()),
         )
-        for j, numbered in enumerate(rows)
+        for numbered in rows
     )
-    return Table(title, tuple(Column(fields[i].name, fields[i].right) for i in kept), lines, tuple(notes))
+    return Table(title, tuple(Column(field.name, field.right) for field in fields), lines, tuple(notes))
 
 
 def all_rows(same: dict[str, Scalar]) -> list[str]:
