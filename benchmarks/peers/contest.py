@@ -24,10 +24,9 @@ LONGEST = 600.0  # seconds that a worker may take for an answer
 
 
 class Worker:
-    """A process of `worker.py`. RuntimeError with what it said when it cannot do its task."""
+    """A process of `worker.py` in `python`. RuntimeError with what it said when it cannot do its task."""
 
-    def __init__(self, peer: Peer, task: dict, threads: int, log: Path) -> None:
-        python = interpreter(peer)
+    def __init__(self, python: str, peer: Peer, task: dict, threads: int, log: Path) -> None:
         command = [python, "-I", str(HERE / "worker.py"), str(HERE / "runners" / f"{peer.runner}.py"), str(threads)]
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         environment = {**os.environ, **dict.fromkeys(names, str(threads))}
@@ -152,13 +151,13 @@ class Contest:
         peer = PEERS[entry.peer]
         if not peer.runner:
             raise RuntimeError(peer.refusal)
-        interpreter(peer)  # says what is missing before anything is made
+        python = interpreter(peer)  # says what is missing before anything is made
         if self.folder is None:
             self.folder = tempfile.TemporaryDirectory(prefix="flux-quant-peers-")
             self.shared = self.material(Path(self.folder.name))
         task = {**self.shared, **entry.task, "out": self.out(entry)}
         log = Path(self.folder.name) / f"{self.entries.index(entry)}.log"
-        entry.worker = Worker(peer, task, torch.get_num_threads(), log)
+        entry.worker = Worker(python, peer, task, torch.get_num_threads(), log)
 
     def out(self, entry: Entry) -> str:
         return str(Path(self.folder.name) / f"{self.entries.index(entry)}.out")

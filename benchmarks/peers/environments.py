@@ -5,7 +5,8 @@
 
 An environment is a venv under the cache folder (FLUX_QUANT_CACHE names another place) with the peer's packages in it,
 which sees the packages of the present environment behind its own: torch is the same for all and not installed again,
-unless a peer insists on another version. Peers without packages of their own run in the present environment.
+unless a peer insists on another version. Peers without packages of their own run in the present environment, and so
+do those that have no environment but are installed here.
 """
 
 import argparse
@@ -33,13 +34,16 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def own_version(peer: Peer) -> str | None:
+    """What is in the peer's own environment; None where there is none."""
+    note = folder_of(peer) / NOTE
+    return json.loads(note.read_text())["version"] if peer.packages and note.exists() else None
+
+
 def installed(peer: Peer) -> str | None:
-    """The peer's version where it can be run; None where its environment has not been made."""
-    if peer.packages:
-        note = folder_of(peer) / NOTE
-        return json.loads(note.read_text())["version"] if note.exists() else None
+    """The peer's version where it can be run, in its own environment or the present one; else None."""
     try:
-        return version(peer.distribution)
+        return own_version(peer) or version(peer.distribution)
     except PackageNotFoundError:
         return None
 
@@ -49,7 +53,7 @@ def interpreter(peer: Peer) -> str:
     if installed(peer) is None:
         remedy = f"python -I -m {MODULE} {peer.name}" if peer.packages else f"pip install {peer.distribution}"
         raise UserError(f"{peer.distribution} is not installed: {remedy}")
-    return str(python_of(folder_of(peer))) if peer.packages else sys.executable
+    return str(python_of(folder_of(peer))) if own_version(peer) else sys.executable
 
 
 def make(peer: Peer) -> str:
