@@ -8,7 +8,9 @@ from flux_quant.benchmarks.report.model import Line
 from flux_quant.benchmarks.report.tables import CARD, SPLITTERS, of_a_card
 from flux_quant.benchmarks.report.words import NONE, TIERS, USUAL, listed, marked, number, show, show_what
 
-HEADLINES = ("image", "step", "tiers", "convert", "quality")  # the first suite that has rows of a status speaks for it
+SPEED = ("image", "step", "tiers", "convert")  # the first suite that has rows of a status speaks for it
+QUALITY = ("quality",)
+HEADLINES = (*SPEED, *QUALITY)
 BITS = "bits_per_weight"
 NOUNS = {"image": " a picture", "step": " a step", "convert": " to convert"}  # what times of suites are of
 FIGURES = {  # what a claim without a time says
@@ -20,15 +22,21 @@ MOST = 5  # formats of a claim
 
 
 def claims(rows: Sequence[Numbered]) -> list[Line]:
-    """One for each status that is there; one cell each."""
+    """Of speed one for each status that is there, with the quality measured beside it; one cell each."""
     found = []
-    for status in (MEASURED, EMULATED, PREDICTED):
-        for suite in HEADLINES:
-            members = [n for n in rows if n.row.status == status and n.source.run.suite == suite]
-            if ours := [n for n in members if n.row.subject == OURS and "format" in n.row.what]:
-                found.append(Line((claim(ours, status),), status))
-                break
+    for status, suites in ((MEASURED, SPEED), (MEASURED, QUALITY), (EMULATED, SPEED), (PREDICTED, SPEED)):
+        told = (
+            [n for n in rows if n.row.status == status and n.source.run.suite == suite and sayable(n)]
+            for suite in suites
+        )
+        if ours := next(filter(None, told), []):
+            found.append(Line((claim(ours, status),), status))
     return found or [Line(("No step and no picture was measured, emulated or predicted in these results.",))]
+
+
+def sayable(numbered: Numbered) -> bool:
+    """Ours, in a format."""
+    return numbered.row.subject == OURS and "format" in numbered.row.what
 
 
 def claim(rows: Sequence[Numbered], status: str) -> str:
