@@ -1,0 +1,163 @@
+"""Peers: every one has its row, runs in turns with ours, says why where it cannot; what its numbers are read from."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_quant.benchmarks.bench.record import OURS, Row
+from flux_quant.benchmarks.bench.runner import groups
+from flux_quant.benchmarks.bench.suite import Asked
+from flux_quant.benchmarks.peers import SUITE, conversions, environments, linears, sdcpp_files, steps
+from flux_quant.benchmarks.peers.catalogue import PEERS
+from flux_quant.benchmarks.peers.contest import HERE, Worker
+from flux_quant.components import BUNDLED, find_components
+from flux_quant.errors import UserError
+
+ALL = Asked(random=True, formats=("q8_0", "q4_0", "q4_k_s", "fp8"))
+
+
+def test_every_peer_has_rows_of_its_own():
+    cases = list(SUITE.cases(ALL))
+    assert set(PEERS) == {name for name in PEERS if any(case.subject.startswith(name) for case in cases)}
+    keys = Counter(Row(case.what, case.subject).key for case in cases)
+    assert max(keys.values()) == 1
+    together = list(groups(cases))
+    names = [group[0].group for group in together if group[0].group]
+    assert len(names) == len(set(names)), "contests of one name would be measured together"
+    assert all(group[0].subject == OURS for group in together if len({case.subject for case in group}) > 1)
+
+
+def test_formats_choose():
+    found = {case.what.get("format") for case in SUITE.cases(Asked(formats=("q4_k_s",)))}
+    assert found == {"q4_k", None}
+
+
+def test_runners_are_where_the_catalogue_says():
+    runners = {peer.runner for peer in PEERS.values() if peer.runner}
+    assert runners == {path.stem for path in (HERE / "runners").glob("*.py")} - {"__init__"}
+    assert all(peer.runner or peer.refusal for peer in PEERS.values())
+
+
+def test_without_a_device_offloaders_say_so():
+    cases = [case for case in SUITE.cases(Asked()) if case.what["work"] == "offload"]
+    assert len(cases) == 4
+    for case in cases:
+        with pytest.raises(RuntimeError, match="CUDA device"):
+            case.work()
+
+
+def test_environments(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["environments"])
+    assert environments.main() == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in PEERS)
+    monkeypatch.setattr(sys, "argv", ["environments", "torch"])
+    assert environments.main() == 2 and "no environment for torch" in capsys.readouterr().err
+
+
+def test_an_environment_that_was_not_made(tmp_path, monkeypatch):
+    peer = PEERS["aircanvas"]
+    monkeypatch.setattr(environments, "version", refuse)
+    with pytest.raises(UserError, match="environments aircanvas"):
+        environments.interpreter(peer)
+    monkeypatch.setattr(environments, "folder_of", lambda peer: tmp_path)
+    (tmp_path / environments.NOTE).write_text('{"version": "1.2"}')
+    assert environments.installed(peer) == "1.2"
+    assert Path(environments.interpreter(peer)).parent.parent == tmp_path
+
+
+def refuse(name: str) -> str:
+    raise environments.PackageNotFoundError(name)
+
+
+def test_what_cannot_be_built_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(environments.shutil, "which", lambda tool: None)
+    with pytest.raises(UserError, match="cmake and c"):
+        environments.make(PEERS["stable-diffusion.cpp"])
+
+
+def test_a_contest_in_turns():
+    """Ours and a dense product on a small layer, in processes of their own."""
+    (contest,) = (c for c in linears.contests("cpu", small=True) if c.what["bits"] == "8")
+    ours, dense = (case for case in contest.cases() if case.subject == OURS or case.subject.startswith("torch "))
+    try:
+        rows = [case.work() for case in (ours, dense, dense, ours)]
+        folder = Path(contest.folder.name)
+        workers = [entry.worker for entry in contest.entries if entry.worker]
+    finally:
+        contest.close()
+    assert len(workers) == 2 and all(worker.process.poll() == 0 for worker in workers) and not folder.exists()
+    assert all(len(row.samples["seconds"]) == 1 and row.memory["host_rss"] > 1e7 for row in rows)
+    packed, exact = rows[0].values, rows[1].values
+    assert 43 < packed["weight_snr_db"] < 44 and packed["bits_per_weight"] == 8.5
+    assert exact["weight_snr_db"] is None and exact["times_ours"] > 0 and exact["bits_per_weight"] == 32
+
+
+def test_conversions_are_judged_by_what_is_in_the_file(tmp_path):
+    (contest,) = (c for c in conversions.contests(small=True, wide=False) if "q8_0" in c.entries[0].name)
+    shared = contest.material(tmp_path)
+    entry = next(entry for entry in contest.entries if entry.peer == "gguf")
+    pytest.importorskip("gguf")
+    worker = Worker(sys.executable, PEERS["gguf"], {**shared, "out": str(tmp_path / "out")}, 1, tmp_path / "log")
+    try:
+        worker.say("once")
+    finally:
+        worker.close()
+    found = contest.judge(shared, entry, tmp_path)
+    assert 44 < found["weight_snr_db"] < 46 and 0.9 < found["packed_share"] <= 1
+    assert found["source_bytes"] == find_components(BUNDLED).transformer.stat().st_size
+
+
+@pytest.mark.parametrize("task", [{"kind": "step"}, {"kind": "linear", "material": "nowhere"}])
+def test_a_worker_says_why_it_cannot(tmp_path, task):
+    with pytest.raises(RuntimeError, match="has nothing to do with step|No such file"):
+        Worker(sys.executable, PEERS["torch"], {**task, "device": "cpu", "dtype": "float32"}, 1, tmp_path / "log")
+
+
+def decoded(tensors: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """As stable-diffusion.cpp's TinyDecoder runs it: (16, h, w) -> (3, 8 h, 8 w)."""
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        return F.conv2d(
+            x, tensors[f"decoder.layers.{name}.weight"], tensors.get(f"decoder.layers.{name}.bias"), padding=1
+        )
+
+    x = torch.tanh(latents[None] / 3) * 3
+    for i in range(19):
+        if i == 1:
+            x = x.relu()
+        elif i in (5, 10, 15):
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        elif f"decoder.layers.{i}.conv.0.weight" in tensors:
+            h = conv(conv(conv(x, f"{i}.conv.0").relu(), f"{i}.conv.2").relu(), f"{i}.conv.4")
+            x = (x + h).relu()
+        else:
+            x = conv(x, str(i))
+    return x[0]
+
+
+def test_pictures_tell_the_latents():
+    latents = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(1))
+    picture = 255 * decoded(sdcpp_files.autoencoder(), latents).permute(1, 2, 0)
+    torch.testing.assert_close(picture, sdcpp_files.shown(latents), rtol=0, atol=1e-3)
+    back = sdcpp_files.read_back(picture.round().to(torch.uint8))
+    assert steps.relative(latents[: sdcpp_files.SHOWN], back) < 0.02
+
+
+def test_a_step_is_judged_against_ours(tmp_path):
+    shared = {"width": 64, "height": 64, "seed": 3}
+    velocity = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(2))
+    ours, theirs = steps.readers("q8_0")[::2]
+    torch.save({"velocity": velocity}, tmp_path / "ours")
+    assert steps.judge(shared, ours, tmp_path / "ours") == {}
+    noise = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(3))
+    latents = noise - steps.unpack_latents(velocity, 4, 4)[0]
+    for name, right in (("right", latents), ("wrong", latents + 0.5)):
+        torch.save({"picture": sdcpp_files.shown(right).round().to(torch.uint8)}, tmp_path / name)
+    assert steps.judge(shared, theirs, tmp_path / "right")["off_ours"] < 0.02
+    assert steps.judge(shared, theirs, tmp_path / "wrong")["off_ours"] > 0.2
