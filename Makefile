@@ -22,7 +22,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP = $(VENV)/installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test check style bench report gpu triton clean
+.PHONY: help demo test check style bench report gpu matrix triton clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,6 +53,9 @@ report: $(STAMP) ## make docs/report/ and the tables of README.md from benchmark
 
 gpu: $(STAMP) ## run the GPU suite, write benchmarks/results/; without CUDA an error unless ARGS=--allow-skip
 	$(BIN)/python -I -m flux_quant.benchmarks.gpu $(ARGS)
+
+matrix: $(STAMP) ## run the frontends' tests with the oldest and the newest diffusers and transformers
+	.ci/matrix $(VENV) $(ARGS)
 
 triton: $(STAMP)
 ifeq ($(PREINSTALLED),)

@@ -102,7 +102,7 @@ def test_vae_under_a_budget_works_in_tiles():
     generator = torch.Generator().manual_seed(0)
     z, x = torch.randn(2, 16, 24, 40, generator=generator), torch.rand(1, 3, 192, 320, generator=generator) * 2 - 1
     memory.readings = Room(10**12)
-    torch.testing.assert_close(tiled.decode(z).sample, own.decode(z).sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiled.decode(z).sample, own.decode(z).sample, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tiled.encode(x).latent_dist.mean, own.encode(x).latent_dist.mean)
     memory.readings = Room(30_000_000)
     for found, whole in (
