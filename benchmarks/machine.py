@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from flux_quant.benchmarks.bench.nvidia import query
 from flux_quant.benchmarks.bench.record import slug
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,7 +24,10 @@ INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", 
 
 
 def fingerprint() -> dict[str, object]:
-    """The device, the processor, the versions and settings that decide about speed and results."""
+    """The device, the processor, the versions and settings that decide about speed and results.
+
+    It takes nothing of a card's memory, so that what others hold there can be asked for afterwards.
+    """
     commit = output_of("git", "describe", "--always", "--dirty")
     out: dict[str, object] = {
         "device": device_name(),
@@ -32,6 +37,7 @@ def fingerprint() -> dict[str, object]:
         "instructions": instructions(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "ram_gb": ram_gb(),
+        "disk_free_gb": round(shutil.disk_usage(Path(__file__).parent).free / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,13 +50,10 @@ def fingerprint() -> dict[str, object]:
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        free, _ = torch.cuda.mem_get_info(0)
-        out |= {
+        out |= query() | {
             "cuda": torch.version.cuda,
-            "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "capability": f"{properties.major}.{properties.minor}",
             "vram_gb": round(properties.total_memory / 1e9, 1),
-            "vram_free_gb": round(free / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "attention": attention_backends(),
         }

@@ -11,7 +11,7 @@ import pytest
 
 from flux_quant.benchmarks.bench import models, session, sweep
 from flux_quant.benchmarks.bench.record import MEASURED, SKIPPED, Row, Run, read_run, slug, write_run
-from flux_quant.benchmarks.bench.runner import Runner, Watcher, groups
+from flux_quant.benchmarks.bench.runner import LACK, Runner, Watcher, groups
 from flux_quant.benchmarks.bench.show import line, tables
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
 from flux_quant.cli import main
@@ -138,8 +138,10 @@ def test_what_finds_no_time_is_left_out(tmp_path: Path):
     bench.until = 0.0
     bench.measure([case("d", log)])
     notes = {row.what["format"]: row.note for row in bench.run.rows}
-    assert "s were left, it needs 99 s" in notes["a"] and "it needs 60 s" in notes["b"], "two turns at least"
-    assert notes["c"] == "" and notes["d"] == "no time was left"
+    assert "s, it needs 99 s" in notes["a"] and "it needs 60 s" in notes["b"], "two turns at least"
+    assert notes["c"] == "" and notes["d"] == f"{LACK}: 0 s, it needs 0 s or more"
+    (said,) = (part for part in tables(bench.run) if "left out" in str(part))
+    assert said == f"left out: a; b; d: {LACK}"
     assert log == ["a closed", "b closed", "c", "c", "c", "c closed", "d closed"]
 
 

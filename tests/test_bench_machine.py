@@ -15,7 +15,7 @@ from flux_quant.benchmarks.bench.record import EMULATED, SKIPPED
 from flux_quant.errors import UserError
 
 ANSWER = (
-    "580.95.05, 00000000:01:00.0, 170.00, 168.42, 1777, 2130, 7300, 63, 0x0000000000000004, 4, 4, 8, 16, Disabled\n"
+    "580.95.05, 00000000:01:00.0, 1, 170.00, 168.42, 1777, 2130, 7300, 63, 0x0000000000000004, 4, 4, 8, 16, Disabled\n"
 )
 MEMORY = """
 ==============NVSMI LOG==============
@@ -51,6 +51,7 @@ def test_a_card_is_told_as_it_is_under_load():
     assert found == {
         "driver": "580.95.05",
         "pci": "00000000:01:00.0",
+        "vram_used_mib": 1,
         "power_limit_w": 170.0,
         "power_w": 168.42,
         "clock_mhz": 1777,

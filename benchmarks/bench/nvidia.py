@@ -53,6 +53,7 @@ REASONS = {  # NVML, nvmlClocksEventReasons
 FIELDS: dict[str, tuple[str, Callable[[str], Value]]] = {  # of --query-gpu -> our name, how it is read
     "driver_version": ("driver", str),
     "pci.bus_id": ("pci", str),
+    "memory.used": ("vram_used_mib", whole),
     "power.limit": ("power_limit_w", number),
     "power.draw": ("power_w", number),
     "clocks.sm": ("clock_mhz", whole),

@@ -19,6 +19,7 @@ from flux_quant.benchmarks.journal import FAILURES
 
 STOPS = (*FAILURES, subprocess.SubprocessError, MemoryError)  # of one case; anything else is a mistake of ours
 TURNS = 2  # at least, of a group
+LACK = "too little time was left"  # how the note of a row begins that could not be begun
 RERUN: dict[str, Callable[[Any], str]] = {  # names in `what` that are options of `flux-quant bench`
     "format": lambda name: f"--formats {name}",
     "vram": lambda nbytes: f"--vram {named_budget(nbytes)}",
@@ -92,8 +93,7 @@ class Runner:
     def call(self, case: Case, first: bool) -> Row:
         needs = case.needs * (TURNS if case.group and first else 1)
         if first and (left := self.left) <= needs:
-            why = f"{left:.0f} s were left, it needs {needs:.0f} s" if left > 0 else "no time was left"
-            return Row(status=SKIPPED, note=why)
+            return Row(status=SKIPPED, note=f"{LACK}: {max(0.0, left):.0f} s, it needs {needs:.0f} s or more")
         self.watcher.calls(case)
         try:
             return case.work()

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from flux_quant import console
 from flux_quant.benchmarks.bench.record import MEASURED, OURS, SKIPPED, Row, Run
-from flux_quant.benchmarks.bench.runner import Watcher
+from flux_quant.benchmarks.bench.runner import LACK, Watcher
 from flux_quant.benchmarks.bench.suite import Case
 from flux_quant.benchmarks.bench.sweep import named_budget
 
 MARK = "~"  # of an unstable row
+NAMED = 3  # rows that are left out for the same reason; the file names all
 
 
 class Progressing(Watcher):
@@ -101,9 +102,17 @@ def tables(run: Run) -> Iterable[Table | str]:
         yield out
     if unstable := [row for row in rows if row.unstable()]:
         yield f"{MARK} {len(unstable)} of {len(rows)} rows scatter: the machine was busy, or the work is too short"
-    for row in run.rows:
-        if row.status == SKIPPED:
-            yield f"left out: {line(row)}"
+    for note, left_out in grouped(row for row in run.rows if row.status == SKIPPED).items():
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        yield f"left out: {'; '.join(map(named, left_out[:NAMED]))}{more}: {note}"
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """By note. Seconds that were left differ from row to row and are all the same want of time."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(LACK if LACK in row.note else row.note, []).append(row)
+    return found
 
 
 def spread(row: Row) -> str:

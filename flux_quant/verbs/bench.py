@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Suites = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SUITE]...", help="tiers kernels step image convert text quality peers [default: all]"),
+    typer.Argument(metavar="[SUITE]...", help="tiers kernels step image quality convert text peers [default: all]"),
 ]
 ModelFile = Annotated[
     Path | None, typer.Option("--model", "-m", metavar="FILE", help="your weights [default: the shipped model]")
