@@ -3,16 +3,24 @@
 What it says of ComfyUI is held to the truth by test_comfyui_real.py, which runs the same nodes in a checkout.
 """
 
+import importlib
+import sys
 import types
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flux_quant.components import BUNDLED
+
 CPU = torch.device("cpu")
+PACK = "flux_quant.frontends.comfyui"
 VOCABULARY = 64  # of the tokenizers
 
 
@@ -225,3 +233,57 @@ def modules(models: Path, devices: SimpleNamespace) -> dict[str, types.ModuleTyp
             setattr(made[parent], last, made[name])
     made["comfy"].__path__ = []
     return made
+
+
+def with_pack(tiny_flux: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """What a fixture of the scope of a module yields: the pack, its nodes, and a folder of models."""
+    models, devices = tmp_path_factory.mktemp("models"), SimpleNamespace(interrupted=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules(models, devices).items():
+            patch.setitem(sys.modules, name, module)
+        save_file(tiny_flux, models / "diffusion_models/tiny.safetensors")
+        for name in ("t5", "clip_l"):
+            source = BUNDLED / f"text_encoders/{name}.safetensors"
+            (models / f"text_encoders/{name}.safetensors").write_bytes(source.read_bytes())
+        pack = importlib.import_module(PACK)
+        parts = {
+            name: importlib.import_module(f"{PACK}.{name}") for name in ("patcher", "seat", "transformer", "places")
+        }
+
+        def run(kind: str, /, **inputs: object) -> object:
+            node = pack.NODE_CLASS_MAPPINGS[kind]
+            return getattr(node(), node.FUNCTION)(**inputs)
+
+        yield SimpleNamespace(
+            run=run, nodes=pack.NODE_CLASS_MAPPINGS, models=models, devices=devices, pack=pack, **parts
+        )
+    for name in [name for name in sys.modules if name.startswith(PACK)]:
+        del sys.modules[name]
+
+
+def loaded(comfy, name: str = "tiny.safetensors", **options: object) -> ModelPatcher:
+    given = dict(vram_budget="auto", ram_budget="auto", compute="auto", hoisted_modulation=True) | options
+    (model,) = comfy.run("FluxQuantLoader", model_name=name, **given)
+    model.partially_load(model.load_device, 1e32)
+    return model
+
+
+def inputs(config, batch: int = 1, size: tuple[int, int] = (8, 6)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return dict(
+        x=torch.randn(batch, config.in_channels // 4, *size, generator=generator),
+        timestep=torch.full((batch,), 0.6),
+        context=torch.randn(batch, 12, config.context, generator=generator),
+        y=torch.randn(batch, config.pooled, generator=generator),
+        guidance=torch.full((batch,), 3.5),
+    )
+
+
+@torch.no_grad()
+def drawn(model, **more: object) -> Tensor:
+    net = model.model.diffusion_model
+    return net(**(inputs(net.seat.engine.config) | more))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
