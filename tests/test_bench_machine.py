@@ -68,9 +68,9 @@ def test_a_card_is_told_as_it_is_under_load():
     }
 
 
-def test_fields_that_a_driver_does_not_know_are_left_out():
+def test_fields_that_a_driver_does_not_know_are_none():
     found = nvidia.query(asked(refuses=("display_active", "clocks_throttle_reasons.active"), bar=256))
-    assert "display" not in found and "throttled_by" not in found
+    assert found["display"] is None and found["throttled_by"] is None
     assert found["pcie_width"] == 8 and found["resizable_bar"] is False
 
 
@@ -81,7 +81,8 @@ def test_values_that_a_card_does_not_tell_are_none():
 
 @pytest.mark.parametrize("answer", [(127, ""), (9, "No devices were found"), (0, ""), (0, "one, two\n")])
 def test_without_a_card_nothing_is_told(answer):
-    assert not {name: value for name, value in nvidia.query(lambda _: answer).items() if value is not None}
+    found = nvidia.query(lambda _: answer)
+    assert set(found) == {*(name for name, _ in nvidia.FIELDS.values()), "resizable_bar"} and not any(found.values())
 
 
 REASONS = {"0x0": "none", "0x1": "idle", "0x84": "power cap, power brake", "0x1004": "power cap, 0x1000", "[N/A]": None}

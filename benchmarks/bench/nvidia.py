@@ -1,6 +1,6 @@
 """What nvidia-smi says of a card: power, clocks, temperature, why it is throttled, its link; asked while it works.
 
-Fields that this driver does not know are left out, values that the card does not tell are None.
+What the driver does not know or the card does not tell is None.
 """
 
 import re
@@ -70,17 +70,18 @@ FIELDS: dict[str, tuple[str, Callable[[str], Value]]] = {  # of --query-gpu -> o
 
 
 def query(run: Callable[[Sequence[str]], tuple[int, str]] | None = None) -> dict[str, Value]:
-    """Of the first card; nothing without nvidia-smi. `run`: arguments -> exit status, what was printed."""
+    """Of the first card; all None without nvidia-smi. `run`: arguments -> exit status, what was printed."""
     ask, fields = run or nvidia_smi, list(FIELDS)
+    nothing = dict.fromkeys([*(name for name, _ in FIELDS.values()), "resizable_bar"])
     while fields:
         status, said = ask([f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
         if status == 0:
-            return parse(said, fields) | {"resizable_bar": resizable_bar(ask(["-q", "-d", "MEMORY"])[1])}
+            return nothing | parse(said, fields) | {"resizable_bar": resizable_bar(ask(["-q", "-d", "MEMORY"])[1])}
         unknown = re.search(r'Field "(.+?)" is not a valid field', said)
         if not unknown or unknown[1] not in fields:
-            return {}
+            break
         fields.remove(unknown[1])
-    return {}
+    return nothing
 
 
 def nvidia_smi(arguments: Sequence[str]) -> tuple[int, str]:
