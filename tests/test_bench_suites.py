@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_convert(tmp_path: Path):
     assert 0 < row.memory["host_rss"] < 2e9 and 15 < row.values["weight_snr_db"] < 30
 
 
-def test_sources_of_conversion():
+def test_sources_of_conversion(monkeypatch: pytest.MonkeyPatch):
     few, own = convert.sources(Asked())
     assert own.path == models.transformer(Asked()) and own.nbytes == own.path.stat().st_size
     assert "1 double and 2 single blocks" in few.name and 1.2e9 < few.nbytes < 1.8e9 and few.path is None
@@ -189,6 +190,12 @@ def test_sources_of_conversion():
     assert whole.name == few.name
     (mine,) = convert.sources(Asked(model=BUNDLED))
     assert mine.path == own.path
+    for free, blocks in ((60e9, "19 double and 38 single"), (26e9, "9 double and 17 single"), (1e9, "1 double")):
+        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        (some,) = convert.sources(Asked(random=True))
+        assert blocks in some.name
+    with pytest.raises(UserError, match="1.0 GB free, 2.4 GB are needed"):
+        some.file()
 
 
 def test_a_conversion_that_fails_says_why(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Suite `convert`: how long a conversion takes and how much memory it needs, against `cp` of the same file.
 
 Sources: the model that is measured; beside the shipped one, which is small, some blocks of FLUX.1's size with random
-weights; with --random all of them, where half of the drive's free space holds them. Every conversion is a process of
+weights; with --random all of them, or as many as the drive holds twice. Every conversion is a process of
 its own. Its memory is the largest resident size, mapped pages of the input included, less that of the process before it
 began. Before each run the source is read once, so that it lies in the system's cache as far as it fits; `cp` is run
 directly before each conversion, and `times_cp` is the ratio of the two.
@@ -28,6 +28,7 @@ from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS as CODECS
 
 FORMATS, QUICK = ("q8_0", "fp8", "q4_k_s", "q4_0"), ("q8_0",)
+ROOM = 2.2  # times the source: beside it lies a copy, or what it becomes
 FEW = 0.05  # of the blocks: 1 double and 2 single ones
 STARTING, SPEED = 5.0, 150e6  # seconds of a process, bytes of source per second: what calls take at most, usually
 WORK = """
@@ -71,7 +72,7 @@ class Source:
 
     def file(self) -> Path:
         if self.path is None:
-            check_room(Path(tempfile.gettempdir()), 2.2 * self.nbytes)  # the largest target is a copy
+            check_room(Path(tempfile.gettempdir()), ROOM * self.nbytes)
             self.folder = Path(tempfile.mkdtemp(prefix="flux-quant-convert-"))
             self.path = self.folder / "flux1-random.safetensors"
             make(self.path, self.fraction)
@@ -101,9 +102,8 @@ KINDS = ("double_blocks", "single_blocks")
 
 def sources(asked: Asked) -> list[Source]:
     if asked.random:
-        whole = random_source(1.0)
-        room = shutil.disk_usage(tempfile.gettempdir()).free / 2
-        return [random_source(FEW if asked.quick else min(1.0, 0.9 * room / whole.nbytes))]
+        room = shutil.disk_usage(tempfile.gettempdir()).free / 1.1 / ROOM
+        return [random_source(FEW if asked.quick else min(1.0, room / random_source(1.0).nbytes))]
     path = models.transformer(asked)
     nbytes = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
     own = [Source(path.name, nbytes, path)]
