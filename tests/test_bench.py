@@ -166,6 +166,17 @@ def test_interrupted_it_keeps_what_there_is(tmp_path: Path, error: type[BaseExce
     assert log[-1] == "c closed"
 
 
+def test_a_run_that_has_nothing_yet_replaces_nothing(tmp_path: Path):
+    def stop() -> Row:
+        raise KeyboardInterrupt
+
+    bench = runner(tmp_path)
+    bench.path.write_text("of this morning")
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure([Case({"n": 1}, stop), case("a", [])])
+    assert bench.path.read_text() == "of this morning"
+
+
 def test_a_resumed_run_measures_what_is_missing(tmp_path: Path):
     log: list[str] = []
     bench = runner(tmp_path)

@@ -55,8 +55,8 @@ class Runner:
         return self.until - time.monotonic()
 
     def measure(self, cases: Sequence[Case]) -> None:
+        """An earlier file of the day stays until there is a row."""
         self.watcher.begins(self.run.suite, len(cases))
-        write_run(self.run, self.path)
         for group in groups(cases):
             try:
                 if not (self.resume and all(self.known(case) for case in group)):
@@ -107,7 +107,8 @@ class Runner:
             if row.status != SKIPPED or not self.known(case):
                 put(self.run.rows, row)
             self.watcher.has(row)
-        write_run(self.run, self.path)
+        if self.run.rows:
+            write_run(self.run, self.path)
 
     def rerun(self, case: Case) -> str:
         """The command for this row, and the rows that are measured beside it."""

@@ -23,10 +23,10 @@ SUITES = {  # name -> module with SUITE, its part of the time; in the order in w
     "kernels": (f"{HOME}.bench.kernels", 3),
     "step": (f"{HOME}.bench.step", 1),
     "image": (f"{HOME}.bench.image", 2),
-    "quality": (f"{HOME}.quality", 3),
-    "convert": (f"{HOME}.bench.convert", 3),
+    "quality": (f"{HOME}.quality", 5),
+    "convert": (f"{HOME}.bench.convert", 2),
     "text": (f"{HOME}.bench.text", 2),
-    "peers": (f"{HOME}.peers", 3),
+    "peers": (f"{HOME}.peers", 4),
 }
 
 
