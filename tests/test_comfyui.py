@@ -183,12 +183,12 @@ def test_each_clone_has_its_own_loras(comfy):
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def streamed(comfy, budget: int | None = None, hoisted: bool = True, **options: object) -> ModelPatcher:
+def streamed(comfy, budget: int | None = None, hoisted: bool = True, compute: str = "auto") -> ModelPatcher:
     """A MODEL on a stand-in for a card."""
     machine = find_gpu("rtx-3060-12gb").machine()
-    memory = Memory(device(**options), machine, Budget(budget or machine.total, "test"), Host(), Quiet())
+    memory = Memory(device(), machine, Budget(budget or machine.total, "test"), Host(), Quiet())
     engine = load_flux(comfy.models / "diffusion_models/tiny.safetensors")
-    seat = comfy.seat.Seat(engine, memory, hoisted=hoisted, limited=budget is not None, work=Work((64, 64)))
+    seat = comfy.seat.Seat(engine, memory, compute, hoisted, limited=budget is not None, work=Work((64, 64)))
     return comfy.patcher.model_of(seat, CPU, torch.float32)
 
 
@@ -227,6 +227,24 @@ def test_true_sizes(comfy):
         sizes[hoisted] = model.loaded_size()
         model.detach()
     assert sizes[True] < 0.8 * sizes[False] and model.get_ram_usage() == sizes[False]
+
+
+def test_what_a_pass_takes(comfy):
+    """ComfyUI asks before it loads; more pixels, more pictures and more references take more."""
+    model = streamed(comfy).model
+    usual = model.memory_required([1, 16, 128, 128])
+    assert usual < model.memory_required([1, 16, 128, 160]) < model.memory_required([2, 16, 128, 128])
+    assert usual < model.memory_required([1, 16, 128, 128], {"ref_latents": [[1, 16, 128 * 128]]})
+    assert model.seat.work.size == (1024, 1024) and model.seat.work.reference == 4096
+
+
+def test_products_that_a_card_lacks(comfy):
+    with pytest.raises(UserError, match="no fp8 products"):
+        streamed(comfy, compute="fp8")
+    model = streamed(comfy, compute="int8")
+    model.partially_load(CPU, 0.1)
+    assert 0 < apart(drawn(model), drawn(loaded(comfy))) < 0.1
+    model.detach()
 
 
 def test_a_budget_of_the_users_own(comfy):

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from flux_quant.converters.lora_records import Lora
 from flux_quant.errors import UserError
-from flux_quant.lora import apply_
+from flux_quant.lora import apply_, makes_outputs
 from flux_quant.model import Flux, Residuals
 from flux_quant.modulation import Call, HoistedModulation
 from flux_quant.planner import plan as planner
 from flux_quant.planner.doctor import diagnose, machine_of
 from flux_quant.planner.footprint import Model, Work
 from flux_quant.planner.memory import Budget, amount, parse_amount
-from flux_quant.planner.phases import denoising_parts, usable
+from flux_quant.planner.phases import check_rates, denoising_parts, usable
 from flux_quant.planner.plan import Plan
 from flux_quant.planner.steptime import block_seconds
 from flux_quant.runtime import CudaReadings, Memory, Residence, fitted, host_for, prepare, sizes_of
@@ -73,6 +73,9 @@ class Seat:
     def __post_init__(self) -> None:
         """Packed layers in the form in which the device uses them. UserError for products that it does not have."""
         compute = "16-bit" if self.compute == AUTO else self.compute
+        self.products = "float" if compute == "16-bit" else compute
+        if self.memory is not None:
+            check_rates(Work(compute=self.products), self.memory.machine)
         with torch.inference_mode(False), torch.no_grad():
             if self.memory is None:
                 prepare(self.engine, "cpu", compute)
@@ -184,6 +187,6 @@ class Seat:
 
     def working_bytes(self, work: Work) -> int:
         """Everything but weights that a pass takes on the device, predicted; what is asked for is remembered."""
-        self.work = work
-        parts = denoising_parts(self.sizes, work, self.memory.machine)
+        self.work = replace(work, compute=self.products, adapters=makes_outputs(self.engine))
+        parts = denoising_parts(self.sizes, self.work, self.memory.machine)
         return sum(nbytes for name, nbytes in parts if name not in PASSING)
