@@ -26,6 +26,7 @@ def blocks() -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that the page names."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
 
     files = find_components(BUNDLED)
     monkeypatch.chdir(tmp_path)
@@ -33,10 +34,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run(make_plan(Conversion(files.transformer, Path("flux1-dev-Q4_K_S.gguf"), "q4_k_s")))
     run(make_plan(Conversion(files.t5, Path("t5-v1_1-xxl-encoder-Q8_0.gguf"), "q8_0")))
     flux_quant.pipeline(BUNDLED, device="cpu", dtype=torch.float32).save_pretrained("FLUX.1-dev")
-    small = dict(
-        num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2, axes_dims_rope=(4, 14, 14)
+    small = dict(num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2)
+    own = FluxTransformer2DModel(**small, axes_dims_rope=(4, 14, 14), joint_attention_dim=32, pooled_projection_dim=32)
+    own.save_pretrained("FLUX.1-dev/own")
+    T5EncoderModel(T5Config(vocab_size=50, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2)).save_pretrained(
+        "FLUX.1-dev/text_encoder_2"
     )
-    FluxTransformer2DModel(**small, joint_attention_dim=32, pooled_projection_dim=32).save_pretrained("FLUX.1-dev/own")
     write_lora(Path("style.safetensors"), 0)
     whole = FluxPipeline.__call__
 
@@ -49,6 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_runs(folder: Path):
     names: dict[str, object] = {}
     assert len(blocks()) == 5

@@ -41,7 +41,7 @@ def quantize_(module: nn.Module, format_name: str = "q8_0", keep: Iterable[str] 
     keep = tuple(keep)
     replaced = quantize_module_(module, choices(module, format_name, keep).items())
     if not replaced:
-        raise UserError(f"{type(module).__name__} has no linear layer to pack")
+        raise UserError(f"{type(module).__name__} has no linear layer to pack, or they are packed already")
     hide_weights_(module)
     attach_quantizer_(module, format_name, keep)
     return replaced
