@@ -10,6 +10,7 @@ import torch
 
 from flux_quant.benchmarks import streaming
 from flux_quant.benchmarks.bench import convert, image, kernels, models, session, step, text
+from flux_quant.benchmarks.bench.limits import OTHERS
 from flux_quant.benchmarks.bench.prepared import Prepared, Sampled, on_processor
 from flux_quant.benchmarks.bench.record import EMULATED, MEASURED, OURS, SKIPPED, Row, read_run
 from flux_quant.benchmarks.bench.runner import Runner
@@ -138,9 +139,11 @@ def test_steps_on_a_card_are_those_of_streaming(stand_in: Stage):
 
 
 def test_a_card_that_holds_no_model_has_a_predicted_bound(stand_in: Stage):
-    asked = Asked(device="cuda", random=True, quick=True, formats=("q4_0",), vram=(4 * 10**9,))
+    limits = {OTHERS: 3 << 20}
+    asked = Asked(device="cuda", random=True, quick=True, formats=("q4_0",), vram=(4 * 10**9,), limits=limits)
     (_, case) = step.on_cuda(asked)
     row = case.work()
+    assert case.work.args[0].stage.others == 3 << 20, "what this process took since is its own"
     case.close()
     assert "predicted" in row.note and row.expected["bound_seconds"] > 0
 

@@ -14,7 +14,7 @@ from flux_quant.planner.rates import seconds_of as median_seconds
 
 HOW_DISK = "a file that was just written, dropped from the cache by posix_fadvise, read by 4 threads in pieces of 8 MiB"
 QUICK = Effort(seconds=0.02, cpu_side=256, copy_bytes=8 << 20, disk_bytes=16 << 20)
-USED = "vram_used_mib"
+USED, OTHERS = "vram_used_mib", "vram_used_by_others_bytes"
 SETTLING = 0.5  # seconds until clocks and link have risen
 COPIED = 8  # copies between two looks at whether it is over
 

@@ -51,9 +51,12 @@ class Session:
         """What each suite found, and its file. A suite may take its part of the time that is left, the last one all."""
         until = time.monotonic() + self.seconds
         device = torch.device(self.asked.device)
-        machine = fingerprint() | limits.under_load(device) | ({"note": self.note} if self.note else {})
+        machine = fingerprint()
+        others = machine.get(limits.USED)  # before this process takes any
+        machine |= limits.under_load(device) | ({"note": self.note} if self.note else {})
         self.folder.mkdir(parents=True, exist_ok=True)
         can = limits.measure(device, self.folder, self.asked.quick)
+        can |= {} if others is None else {limits.OTHERS: others << 20}
         for number, suite in enumerate(suites):
             parts = [part_of(other) for other in suites[number:]]
             share = (until - time.monotonic()) * parts[0] / sum(parts)

@@ -18,6 +18,7 @@ import torch
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks import streaming
 from flux_quant.benchmarks.bench import models
+from flux_quant.benchmarks.bench.limits import OTHERS
 from flux_quant.benchmarks.bench.memory import watched
 from flux_quant.benchmarks.bench.models import SOURCE, Workshop
 from flux_quant.benchmarks.bench.prepared import Prepared
@@ -184,6 +185,7 @@ class Formats:
     """One format at a time is in RAM behind its streamer; the next one takes its place."""
 
     small: bool = False
+    others: int | None = None  # bytes of the card that somebody held before this process used it
     stage: Stage | None = None
     open: str | None = None
     bench: streaming.Bench | None = None
@@ -192,12 +194,16 @@ class Formats:
     def at(self, name: str) -> streaming.Bench:
         if self.open != name:
             self.close()
-            self.stage = self.stage or open_stage()
+            self.stage = self.stage or self.opened()
             self.bench = streaming.Bench(name, self.stage, self.small, assume=True)
             self.stack.enter_context(self.bench.opened())
             self.bench.modulation("4GB")
             self.open = name
         return self.bench
+
+    def opened(self) -> Stage:
+        stage = open_stage()
+        return stage if self.others is None else replace(stage, others=self.others)
 
     def close(self) -> None:
         self.stack.close()
@@ -210,7 +216,7 @@ def on_cuda(asked: Asked) -> Iterator[Case]:
     small = asked.quick and asked.model is None
     sizes = list(asked.sizes or (((64, 64),) if small else SIZES))
     budgets = [named_budget(nbytes) for nbytes in asked.vram] or [f"{gb}GB" for gb in BUDGETS]
-    formats = Formats(small)
+    formats = Formats(small, asked.limits.get(OTHERS))
     todo = [(name, size, vram) for name in dict.fromkeys(names) for size in sizes for vram in (None, *budgets)]
     for name, size, vram in todo:
         what = {"format": models.label(Path(name), SOURCE) if asked.model else name, "size": named_size(size)}
