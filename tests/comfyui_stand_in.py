@@ -246,9 +246,7 @@ def with_pack(tiny_flux: dict[str, Tensor], tmp_path_factory: pytest.TempPathFac
             source = BUNDLED / f"text_encoders/{name}.safetensors"
             (models / f"text_encoders/{name}.safetensors").write_bytes(source.read_bytes())
         pack = importlib.import_module(PACK)
-        parts = {
-            name: importlib.import_module(f"{PACK}.{name}") for name in ("patcher", "seat", "transformer", "places")
-        }
+        parts = {name: importlib.import_module(f"{PACK}.{name}") for name in ("patcher", "seat", "places", "clip")}
 
         def run(kind: str, /, **inputs: object) -> object:
             node = pack.NODE_CLASS_MAPPINGS[kind]

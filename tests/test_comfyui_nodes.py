@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_core_nodes import AFTER, CHOICE, CORE, LINKED, signature_of
-from comfyui_stand_in import CLIP, PACK, Bar, Interrupted, apart, drawn, loaded, with_pack
+from comfyui_stand_in import CLIP, CPU, PACK, Bar, Interrupted, apart, drawn, loaded, with_pack
 
 import flux_quant
 from flux_quant.errors import UserError
@@ -69,6 +69,17 @@ def test_what_text_encoders_refuse(comfy):
         clip.patcher.add_patches({"a": 1})
     with pytest.raises(UserError, match="T5"):
         text_encoders(comfy, t5_name="clip_l.safetensors")
+
+
+def test_devices(comfy, caplog):
+    assert comfy.clip.device_for("cpu") == comfy.clip.device_for("auto") == CPU and not caplog.text
+    assert comfy.clip.device_for("gpu") == CPU and "processor" in caplog.text
+    for vram, ram in (("8GB", "16GB"), ("auto", ""), ("", "auto")):
+        assert comfy.seat.memory_for(CPU, vram, ram, print) is None
+    with pytest.raises(UserError, match="VRAM budget"):
+        comfy.seat.memory_for(CPU, "eight", "auto", print)
+    with pytest.raises(UserError, match="--cpu"):
+        comfy.seat.memory_for(torch.device("mps"), "auto", "auto", print)
 
 
 # --- Converting, planning, lists --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from comfyui_checkout import (
     with_loras,
 )
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from flux_quant.benchmarks.random_weights import DEV, SPREAD
 from flux_quant.errors import UserError
@@ -157,6 +158,51 @@ def test_controlnet(comfyui):
     close(found, sampled(comfyui, theirs(comfyui), prompt))
     without = conditioning(SMALL["context"], SMALL["pooled"], reference_latents=seen)
     assert apart(found, sampled(comfyui, ours(comfyui), without)) > 0.01
+
+
+def test_controlnet_from_a_file(comfyui):
+    """ComfyUI's own ControlNet beside the engine, loaded, applied and asked at every step as for its own model."""
+    from diffusers import FluxControlNetModel
+
+    torch.manual_seed(11)
+    with torch.inference_mode(False):
+        net = FluxControlNetModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=1,
+            attention_head_dim=SMALL["head_dim"],
+            num_attention_heads=SMALL["hidden"] // SMALL["head_dim"],
+            joint_attention_dim=SMALL["context"],
+            pooled_projection_dim=SMALL["pooled"],
+            guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56),
+        )
+        state = {name: torch.randn_like(t) * 0.05 if "norm" not in name else t for name, t in net.state_dict().items()}
+        save_file(state, comfyui.models / "controlnet/net.safetensors")
+
+    class Vae:
+        def spacial_compression_encode(self) -> int:
+            return 8
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            return nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8).repeat(1, 6, 1, 1)[:, :16]
+
+    hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(12))
+    prompt = conditioning(SMALL["context"], SMALL["pooled"])
+    applied = comfyui.run(
+        "ControlNetApplyAdvanced",
+        positive=prompt,
+        negative=prompt,
+        control_net=comfyui.run("ControlNetLoader", control_net_name="net.safetensors"),
+        image=hint,
+        strength=0.8,
+        start_percent=0.0,
+        end_percent=1.0,
+        vae=Vae(),
+    )
+    found = sampled(comfyui, ours(comfyui), applied)
+    close(found, sampled(comfyui, theirs(comfyui), applied))
+    assert apart(found, sampled(comfyui, ours(comfyui), prompt)) > 0.01
 
 
 def test_rope_options(comfyui):

@@ -5,6 +5,7 @@ dropped again, so that nothing of them stays on the device or counts in its memo
 the system's to keep.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +190,11 @@ def device_for(place: str) -> torch.device:
     if place == "cpu":
         return CPU
     device = management.text_encoder_device() if place == AUTO else management.get_torch_device()
-    return device if device.type == "cuda" else CPU
+    if device.type == "cuda":
+        return device
+    if place != AUTO:
+        logging.warning("T5 runs on the processor: there is no CUDA device, ComfyUI uses %s", device)
+    return CPU
 
 
 def clip_of(files: Files, device: torch.device, cache: PromptCache | None) -> "comfy.sd.CLIP":

@@ -42,11 +42,15 @@ def same(some: Loras, others: Loras) -> bool:
 
 
 def memory_for(device: torch.device, vram: str, ram: str, log: Callable[[str], None]) -> Memory | None:
-    """A CUDA device as plans see it; None for a processor. UserError for a budget that is no amount of memory."""
+    """A CUDA device as plans see it; None for a processor. UserError for other devices, and for no amounts."""
     budget = None if vram in ("", AUTO) else parse_amount(vram, "VRAM budget")
     ram_budget = None if ram in ("", AUTO) else parse_amount(ram, "RAM budget")
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
+    if device.type != "cuda":
+        raise UserError(
+            f"flux_quant draws on CUDA devices and on processors, not on {device}: start ComfyUI with --cpu"
+        )
     with torch.inference_mode(False):
         report = diagnose()
     machine = machine_of(report)
