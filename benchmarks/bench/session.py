@@ -23,7 +23,7 @@ SUITES = {  # name -> module with SUITE, its part of the time; in the order in w
     "kernels": (f"{HOME}.bench.kernels", 3),
     "step": (f"{HOME}.bench.step", 1),
     "image": (f"{HOME}.bench.image", 2),
-    "quality": (f"{HOME}.quality", 5),
+    "quality": (f"{HOME}.quality", 6),
     "convert": (f"{HOME}.bench.convert", 2),
     "text": (f"{HOME}.bench.text", 2),
     "peers": (f"{HOME}.peers", 4),
