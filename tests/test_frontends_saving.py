@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import flux_quant
@@ -138,3 +139,52 @@ def test_bad_configs(tmp_path: Path):
     path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="packs encoder.block.9.wo, which T5EncoderModel does not have"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block of each kind, as wide as FLUX.1: diffusers' reader knows no other width. Random, 1 GB."""
+    from flux_quant.arch import FluxConfig
+    from flux_quant.model import Flux
+
+    with torch.device("meta"):
+        model = Flux(FluxConfig(64, 64, 3072, 128, 12288, 64, 64, 1, 1, True))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5).bfloat16()
+        for name, p in model.named_parameters()
+    }
+    path = tmp_path_factory.mktemp("wide") / "model.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["q8_0", "fp8_plain"])
+@torch.no_grad()
+def test_the_stock_reader_of_diffusers_loads_our_files(name: str, full_width: Path, tmp_path: Path):
+    """`from_single_file` gives the same step as our engine."""
+    from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
+    path = tmp_path / ("model.safetensors" if name == "fp8_plain" else "model.gguf")
+    run(make_plan(Conversion(full_width, path, name)))
+    own = load(path, device="cpu")
+    with torch.device("meta"):
+        FluxTransformer2DModel(**own.engine.config.diffusers()).save_config(tmp_path / "config")
+    options = dict(config=str(tmp_path / "config"), torch_dtype=torch.float32, local_files_only=True)
+    if path.suffix == ".gguf":
+        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    theirs = FluxTransformer2DModel.from_single_file(str(path), **options).eval()
+    g = torch.Generator().manual_seed(0)
+    given = dict(
+        hidden_states=torch.randn(1, 12, 64, generator=g),
+        encoder_hidden_states=torch.randn(1, 8, 64, generator=g),
+        pooled_projections=torch.randn(1, 64, generator=g),
+        timestep=torch.tensor([0.7]),
+        img_ids=torch.zeros(12, 3),
+        txt_ids=torch.zeros(8, 3),
+        guidance=torch.tensor([3.5]),
+        return_dict=False,
+    )
+    found, expected = theirs(**given)[0], own(**given)[0]
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
