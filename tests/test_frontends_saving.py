@@ -160,9 +160,9 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["q8_0", "fp8_plain"])
+@pytest.mark.parametrize(("name", "close"), [("q8_0", 5e-4), ("fp8_plain", 1e-4)])  # it unpacks GGUF in float16
 @torch.no_grad()
-def test_the_stock_reader_of_diffusers_loads_our_files(name: str, full_width: Path, tmp_path: Path):
+def test_the_stock_reader_of_diffusers_loads_our_files(name: str, close: float, full_width: Path, tmp_path: Path):
     """`from_single_file` gives the same step as our engine."""
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 
@@ -187,4 +187,4 @@ def test_the_stock_reader_of_diffusers_loads_our_files(name: str, full_width: Pa
         return_dict=False,
     )
     found, expected = theirs(**given)[0], own(**given)[0]
-    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert float((found - expected).norm() / expected.norm()) < close
