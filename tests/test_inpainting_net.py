@@ -34,9 +34,9 @@ from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.drawing.given import load_nets, read_given
 from flux_quant.drawing.request import ControlRequest, Request
 from flux_quant.drawing.vae import encode
+from flux_quant.generation import make_drawing
 from flux_quant.loading import load_controlnet, load_flux, load_vae
 from flux_quant.model import Flux
-from flux_quant.pipeline import make_drawing
 from flux_quant.text.encode import TextFeatures
 
 MOST = 4.5e6, 6e6  # bytes of the net, and of net and LoRA together

@@ -15,10 +15,10 @@ from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.lora_io import read_lora
 from flux_quant.converters.lora_report import describe
 from flux_quant.drawing.request import Request
+from flux_quant.generation import generate
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
 from flux_quant.lora import shapes_in
-from flux_quant.pipeline import generate
 
 PROMPTS = (
     "large owl on a blue background",

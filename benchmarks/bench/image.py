@@ -19,7 +19,7 @@ from flux_quant.benchmarks.bench.sweep import named_budget, named_size
 from flux_quant.components import BUNDLED, Components, find_components, recommended_size
 from flux_quant.converters.summary import summarize
 from flux_quant.errors import UserError
-from flux_quant.pipeline import Request, Result, generate
+from flux_quant.generation import Request, Result, generate
 from flux_quant.runtime import Memory
 
 FORMATS, QUICK = (SOURCE, "fp8", "q8_0", "q5_k_s", "q4_k_s"), (SOURCE, "q4_k_s")

@@ -19,8 +19,8 @@ from flux_quant.converters.component import Component, open_component
 from flux_quant.drawing.given import PLAIN, kind_of
 from flux_quant.drawing.sampling import Drawing
 from flux_quant.errors import UserError
+from flux_quant.generation import Request, encode, make_drawing
 from flux_quant.loading import shapes_of
-from flux_quant.pipeline import Request, encode, make_drawing
 from flux_quant.text.encode import TextFeatures
 
 RANDOM_TITLE = "random weights"  # as `make_full_size` writes it

@@ -27,9 +27,9 @@ from flux_quant.benchmarks.tiny_flux.train_vae import batch as random_pictures
 from flux_quant.benchmarks.tiny_flux.train_vae import reconstruction_psnr
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.drawing.vae import decode
+from flux_quant.generation import Request, denoise_batch, encode, load_loras, to_images
 from flux_quant.loading import load_flux, load_vae
 from flux_quant.lora import apply_
-from flux_quant.pipeline import Request, denoise_batch, encode, load_loras, to_images
 
 BATCH = 64
 FEW = {  # what the captions ask for with which steps, seeds and guidance are varied

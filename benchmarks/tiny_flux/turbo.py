@@ -36,12 +36,12 @@ from flux_quant.converters.lora_write import Factors, kohya, write_lora
 from flux_quant.drawing.sampling import Conditioning
 from flux_quant.drawing.schedules import noise_levels
 from flux_quant.formats import FORMATS
+from flux_quant.generation import Request, encode
 from flux_quant.kernels import dispatch
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
 from flux_quant.lora import apply_
 from flux_quant.model import Flux, image_ids, text_ids
-from flux_quant.pipeline import Request, encode
 
 STEPS, FINE = 8, 40  # of the student, of the teacher
 GRID, TOKENS, CHANNELS = (6, 6), 36, 64

@@ -97,7 +97,7 @@ def asked_of(
 ) -> "Asked":
     from flux_quant.benchmarks.bench import models, sweep
     from flux_quant.benchmarks.bench.suite import Asked
-    from flux_quant.pipeline import choose_device
+    from flux_quant.generation import choose_device
 
     if model is not None and random:
         raise UserError("--model and --random exclude each other")
