@@ -149,7 +149,7 @@ def load_t5(path: str | Path) -> "T5EncoderModel":
 
 
 def open_t5(path: str | Path, cls: "type[T5EncoderModel] | None" = None) -> tuple["T5EncoderModel", Component]:
-    """The encoder, a `cls`, and its file. Linears and the table of token vectors are views of the file, still packed."""
+    """The encoder, a `cls`, and its file. Linears and the table of token vectors are views of it, still packed."""
     from transformers import T5Config, T5EncoderModel
 
     reader = open_component(path, "T5 encoder")
