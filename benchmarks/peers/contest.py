@@ -19,6 +19,7 @@ from flux_quant.benchmarks.peers.environments import installed, interpreter
 
 HERE = Path(__file__).parent
 RERUN = "flux-quant bench peers"
+RATIOS = {"seconds": "times_ours", "cpu_seconds": "cpu_times_ours"}  # by the clock; of the processor, if others use it
 COMPLAINTS = ("wrong shape", "not in model file", "GGML_ASSERT")
 LONGEST = 600.0  # seconds that a worker may take for an answer
 
@@ -83,7 +84,7 @@ class Entry:
     against: str = ""
     note: str = ""
     worker: Worker | None = None
-    seconds: list[float] = field(default_factory=list)
+    samples: dict[str, list[float]] = field(default_factory=dict)
     found: dict = field(default_factory=dict)
 
     @property
@@ -134,17 +135,20 @@ class Contest:
         if first:
             self.start(entry)
             entry.worker.say("once")
-        entry.seconds.append(entry.worker.say("once")["seconds"])
+        sample = entry.worker.say("once")
+        for kind, seconds in sample.items():
+            entry.samples.setdefault(kind, []).append(seconds)
         if first:
             entry.found = entry.worker.say("found")
             entry.found |= self.judge(self.shared, entry, Path(self.out(entry)))
         values = {name: value for name, value in entry.found.items() if name != "peak"}
-        ours = next((other for other in self.entries if other.name == entry.against and other.seconds), None)
-        if ours is not None:
-            values["times_ours"] = median(entry.seconds) / median(ours.seconds)
+        ours = next((other for other in self.entries if other.name == entry.against and other.samples), None)
+        for kind, ratio in RATIOS.items() if ours is not None else ():
+            if entry.samples.get(kind) and ours.samples.get(kind):
+                values[ratio] = median(entry.samples[kind]) / median(ours.samples[kind])
         values["begun_bytes"] = entry.worker.started["begun"]
         memory = {"host_rss": entry.found["peak"]}
-        samples = {"seconds": entry.seconds[-1:]}
+        samples = {kind: [seconds] for kind, seconds in sample.items()}
         return Row(samples=samples, values=values, memory=memory, note=entry.note, rerun=RERUN)
 
     def start(self, entry: Entry) -> None:
@@ -166,7 +170,7 @@ class Contest:
         for entry in self.entries:
             if entry.worker is not None:
                 entry.worker.close()
-                entry.worker, entry.seconds, entry.found = None, [], {}
+                entry.worker, entry.samples, entry.found = None, {}, {}
         if self.folder is not None:
             self.folder.cleanup()
             self.folder = None

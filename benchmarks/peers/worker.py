@@ -3,7 +3,8 @@
     python -I worker.py RUNNER.py THREADS
 
 Knows torch and the standard library alone. The first line of its input is the task as JSON; then `once` does the work
-and answers with seconds, `found` with what it made of it. What libraries print goes to stderr.
+and answers with seconds, by the clock and of the processor, `found` with what it made of it. What libraries print goes
+to stderr.
 """
 
 import importlib.util
@@ -36,7 +37,7 @@ def main() -> None:
         begun = peak()
         answer({"ready": True, "version": version(task["distribution"]), "begun": begun})
         for line in sys.stdin:
-            answer({"seconds": once()} if line.strip() == "once" else {**found(), "peak": peak()})
+            answer(once() if line.strip() == "once" else {**found(), "peak": peak()})
     except Exception as error:
         text = " ".join(str(error).split()) or "without a word"
         answer({"error": f"{type(error).__name__}: {text[:300]}"})
@@ -67,7 +68,7 @@ def peak() -> int:
 
 
 @torch.no_grad()
-def prepared(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callable[[], dict]]:
+def prepared(runner: ModuleType, task: dict) -> tuple[Callable[[], dict], Callable[[], dict]]:
     """(what does the work once and takes the time, what tells about it)"""
     kind = task["kind"]
     if not hasattr(runner, kind):
@@ -75,26 +76,28 @@ def prepared(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Calla
     return KINDS[kind](runner, task)
 
 
-def timed(call: Callable[[], object], kept: dict, device: torch.device) -> Callable[[], float]:
-    """A call that says itself how long its work took does so as `seconds`."""
+def timed(call: Callable[[], object], kept: dict, device: torch.device) -> Callable[[], dict]:
+    """A call may say itself how long its work took, as `seconds`; the processor's time would be of more than that."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     @torch.no_grad()
-    def once() -> float:
+    def once() -> dict:
         wait()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         kept["result"] = call()
         wait()
-        seconds = time.perf_counter() - start
-        return kept["result"].pop("seconds", seconds) if isinstance(kept["result"], dict) else seconds
+        seconds, used = time.perf_counter() - start, time.process_time() - used
+        if isinstance(kept["result"], dict) and "seconds" in kept["result"]:
+            return {"seconds": kept["result"].pop("seconds")}
+        return {"seconds": seconds, "cpu_seconds": used}
 
     return once
 
 
-def linear(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callable[[], dict]]:
+def linear(runner: ModuleType, task: dict) -> tuple[Callable[[], dict], Callable[[], dict]]:
     """The layer's output on the task's input, and its weight as it comes out of the layer, go to the task's `out`."""
     given = torch.load(task["material"], weights_only=True)
     device, dtype = torch.device(task["device"]), getattr(torch, task["dtype"])
@@ -116,7 +119,7 @@ def linear(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callabl
     return timed(lambda: layer(x), kept, device), found
 
 
-def step(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callable[[], dict]]:
+def step(runner: ModuleType, task: dict) -> tuple[Callable[[], dict], Callable[[], dict]]:
     """A call gives tensors by name, which go to the task's `out`, and numbers, which are told."""
     kept: dict = {}
 
@@ -128,7 +131,7 @@ def step(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callable[
     return timed(runner.step(task), kept, torch.device(task["device"])), found
 
 
-def convert(runner: ModuleType, task: dict) -> tuple[Callable[[], float], Callable[[], dict]]:
+def convert(runner: ModuleType, task: dict) -> tuple[Callable[[], dict], Callable[[], dict]]:
     return timed(runner.convert(task), {}, torch.device("cpu")), lambda: {"bytes": os.stat(task["target"]).st_size}
 
 
