@@ -35,7 +35,6 @@ LAYERS = (
     {"text"},
     {"placing"},
     {"generation"},
-    {"pipeline"},
     {"calibration"},
     {"console"},
     {"frontends"},

@@ -33,8 +33,9 @@ def bundled() -> Components:
 
 
 def test_the_model_ships_complete_and_small(bundled: Components):
-    files = [path for path in BUNDLED.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 28e6
+    sizes = {path: path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()}
+    beside = sum(size for path, size in sizes.items() if path.parent.name in ("loras", "controlnet"))
+    assert 0 < beside <= 6e6 and sum(sizes.values()) - beside <= 28e6
     with open_checkpoint(bundled.transformer) as reader:
         assert {info.format for info in reader.tensors.values()} == {"bf16"}
 
