@@ -112,6 +112,8 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is no result of a benchmark: {error}") from None
     if not isinstance(content, Mapping) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, Mapping) else None
+        if found is None:
+            raise UserError(f"{path} was not written by flux-quant bench: it has no schema")
         raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}; measure again with flux-quant bench")
     try:
         rows = [Row(**row) for row in content.pop("rows")]

@@ -3,6 +3,7 @@
 A column is a function of a row that gives text, so a new name in the results appears without a change here.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -30,6 +31,7 @@ FEWEST = 5  # of them figures, at least
 OWN_TABLE = 3  # columns of memory that are worth a table of their own
 MOST_NOTES = 4  # of unstable rows that are explained under a table
 FLOOR = "_floor"
+DETAIL = re.compile(r"_step_\d+(_low|_high)?$|_worst_tensor$|_reference$")  # figures that stay in the JSON
 RATIO = "times_ours"  # of `values`
 SPLITTERS = ("part", "work", "kind", "operation", "stage", "measure")  # names of a case: a table for each value
 CARD = "card"  # of `what`
@@ -130,12 +132,13 @@ def show_value(numbered: Numbered, name: str) -> str:
 
 
 def rank(name: str) -> int:
-    """Sizes come first, what is told of single steps late, and last where it is from."""
-    return 0 if name in ("bits_per_weight", "file_bytes") else 3 if name == SOURCE else 2 if "_step_" in name else 1
+    """Sizes come first, and last where it is from."""
+    return 0 if name in ("bits_per_weight", "file_bytes") else 2 if name == SOURCE else 1
 
 
 def value_fields(rows: Sequence[Numbered]) -> list[Field]:
-    fields, names = [], sorted(names_in(rows, "values"), key=rank)
+    told = [name for name in names_in(rows, "values") if not DETAIL.search(name)]
+    fields, names = [], sorted(told, key=rank)
     intervals = {f"{name}_{side}" for name in names for side in ("low", "high") if f"{name}_low" in names}
     intervals |= {f"{name}_most" for name in names}
     for name in names:
