@@ -16,7 +16,7 @@ from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.converters.quantize import Deviation
 
 FORMATS = {"q8_0": "q8_0", "q4_0": "q4_0", "q4_k": "q4_k_s"}  # ggml's name -> our recipe
-SEARCHED = ("q4_0", "q4_k")
+SEARCHED = ("q4_0",)  # K-quants are searched for either way
 OTHERS = ("libgguf", "gguf", "stable-diffusion.cpp")
 SHIPPED = "shipped"
 

@@ -39,7 +39,7 @@ BITS = {  # width of the weights -> our format, and who else has such weights: (
     ),
 }
 GGUF = ("q8_0", "q4_k")  # what diffusers takes the bytes of
-NOTES = {"Int8DynamicActivationInt8WeightConfig": "activations in 8 bits too"}
+NOTES = dict.fromkeys(("Int8DynamicActivationInt8WeightConfig", "int8"), "activations in 8 bits too")
 
 
 def contests(device: str, small: bool) -> list[Contest]:
