@@ -38,7 +38,7 @@ def open_judge() -> tuple[Judge | None, str]:
     """The judge, or why there is none."""
     try:
         return Judge(EmojiWorld()), ""
-    except ImportError:
-        return None, "retrieval accuracy left out: it needs fonttools (pip install flux_quant[train])"
+    except ImportError as error:
+        return None, f"retrieval accuracy left out: {error}; it needs Python 3.11 and flux_quant[train]"
     except OSError:
         return None, f"retrieval accuracy left out: it needs {FONT} (Debian: fonts-noto-color-emoji)"

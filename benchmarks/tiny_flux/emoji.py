@@ -38,6 +38,16 @@ COLOURS = {
 }
 TILTS = (0, 15, -15)  # degrees
 POSITIONS, COLOUR_NAMES = tuple(OFFSETS), tuple(COLOURS)
+UNICODE = "14.0.0"  # whose names were trained on; Python 3.11 has them, later ones have more
+LATER = {  # code points that got their names in Unicode 15 to 16
+    *(0x1F6DC, 0x1FA89, 0x1FA8F, 0x1FABE, 0x1FABF, 0x1FAC6, 0x1FACE, 0x1FACF, 0x1FADC, 0x1FADF, 0x1FAE8, 0x1FAE9),
+    *range(0x1FA75, 0x1FA78),
+    *range(0x1FA87, 0x1FA89),
+    *range(0x1FAAD, 0x1FAB0),
+    *range(0x1FABB, 0x1FABE),
+    *range(0x1FADA, 0x1FADC),
+    *range(0x1FAF7, 0x1FAF9),
+}
 UNUSABLE = ("squared", "circled", "mahjong", "arrow", "button", "keycap", "regional", "modifier", "clock face")
 
 
@@ -54,15 +64,20 @@ class Scene:
 
 
 def load_bitmaps(font: Path = FONT) -> list[tuple[str, Image.Image]]:
-    """All single-codepoint colour bitmaps of the font as (lower-case Unicode name, RGBA image)."""
+    """All single-codepoint colour bitmaps of the font as (lower-case Unicode name, RGBA image).
+
+    ImportError without fonttools, or on a Python that lacks some of the names.
+    """
     from fontTools.ttLib import TTFont
 
+    if [int(part) for part in unicodedata.unidata_version.split(".")] < [int(part) for part in UNICODE.split(".")]:
+        raise ImportError(f"the names of Unicode {UNICODE} are needed, this Python has {unicodedata.unidata_version}")
     ttf = TTFont(font)
     strike = ttf["CBDT"].strikeData[0]
     found = []
     for codepoint, glyph in sorted(ttf.getBestCmap().items()):
         name = unicodedata.name(chr(codepoint), "").lower()
-        if codepoint < 0x1F300 or not name or glyph not in strike:
+        if codepoint < 0x1F300 or codepoint in LATER or not name or glyph not in strike:
             continue
         found.append((name, Image.open(io.BytesIO(strike[glyph].imageData)).convert("RGBA")))
     return found
