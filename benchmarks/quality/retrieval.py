@@ -39,6 +39,6 @@ def open_judge() -> tuple[Judge | None, str]:
     try:
         return Judge(EmojiWorld()), ""
     except ImportError as error:
-        return None, f"retrieval accuracy left out: {error}; it needs Python 3.11 and flux_quant[train]"
+        return None, f"retrieval accuracy left out: {error}; it needs fonttools (flux_quant[train]) and Python 3.11"
     except OSError:
         return None, f"retrieval accuracy left out: it needs {FONT} (Debian: fonts-noto-color-emoji)"
