@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 PACKAGES = ("triton", "numpy", "numba", "gguf", "safetensors", "diffusers", "transformers", "accelerate")
 VARIABLES = ("FLUX_QUANT_", "OMP_", "MKL_", "NUMBA_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_")  # beginnings of names
+PLACES = {"FLUX_QUANT_CACHE"}  # a folder of somebody's machine, which says nothing of results
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -43,7 +44,11 @@ def fingerprint() -> dict[str, object]:
         "torch": torch.__version__,
         **{name: package_version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(VARIABLES) and name not in PLACES
+        },
         "commit": commit,
         "dirty": commit.endswith("-dirty") if commit else None,
         "date": now(),
