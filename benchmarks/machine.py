@@ -20,7 +20,6 @@ RESULTS = Path(__file__).parent / "results"
 
 PACKAGES = ("triton", "numpy", "numba", "gguf", "safetensors", "diffusers", "transformers", "accelerate")
 VARIABLES = ("FLUX_QUANT_", "OMP_", "MKL_", "NUMBA_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_")  # beginnings of names
-PLACES = {"FLUX_QUANT_CACHE"}  # a folder of somebody's machine, which says nothing of results
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -47,7 +46,7 @@ def fingerprint() -> dict[str, object]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(VARIABLES) and name not in PLACES
+            if name.startswith(VARIABLES) and not Path(value).is_absolute()  # folders say nothing of results
         },
         "commit": commit,
         "dirty": commit.endswith("-dirty") if commit else None,
