@@ -75,7 +75,7 @@ MANY_SLOW = (
     *(Case(1024, "8GB", rate, 4) for rate in (None, 24e9, 12e9)),
 )
 FEW_SLOW = (Case(1024, "8GB", 12e9), Case(512, "8GB", 24e9), Case(1024, "4GB", 24e9))
-ON_STAND_IN = (Case(64), Case(64, "4GB"), Case(64, "4GB", 1e8), Case(64, batch=2), Case(64, "8GB", None, 2))
+ON_STAND_IN = (Case(64), Case(64, "4GB"), Case(64, "4GB", 2e7), Case(64, batch=2), Case(64, "8GB", None, 2))
 
 
 def cases(name: str, small: bool) -> tuple[Case, ...]:
