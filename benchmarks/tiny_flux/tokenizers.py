@@ -4,6 +4,7 @@ Both are saved in the form in which FLUX.1's own tokenizers are published, and l
 """
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ def train_t5(captions: list[str], folder: Path) -> None:
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
+    model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
-        model_prefix=str(folder / "spiece"),
+        model_writer=model,
         vocab_size=T5_VOCABULARY,
         model_type="unigram",
         character_coverage=1.0,
@@ -38,7 +40,7 @@ def train_t5(captions: list[str], folder: Path) -> None:
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "spiece.vocab").unlink()
+    (folder / "spiece.model").write_bytes(model.getvalue())
     write_config(folder, "T5Tokenizer", T5_LENGTH, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", extra_ids=0)
 
 
