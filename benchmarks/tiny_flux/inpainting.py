@@ -10,7 +10,7 @@ is hidden, the caption decides: the target grows by what guidance changes in the
 
     python -I -m flux_quant.benchmarks.tiny_flux.inpainting --out build/tiny/inpainting --minutes 40 --compile
     flux-quant convert build/tiny/inpainting/net.safetensors -o flux_quant/tiny_flux/controlnet/inpainting-Q6_K.gguf \\
-        -f q8_0
+        -f q6_k --set '*embed*=q8_0' --set 'controlnet_blocks*=q8_0' --set '*norm1*.linear*=q5_k'
 
 Writes `net.safetensors` in diffusers' names, the averaged weights, and a checkpoint at every check; resumes from it.
 """
