@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, find_components
-from flux_quant.planner import doctor, rates
+from flux_quant.planner import doctor, rates, surroundings
 from flux_quant.planner.doctor import GpuReport, diagnose, machine_of
 from flux_quant.planner.rates import Effort
 from given_files import alimama
@@ -206,7 +206,7 @@ def test_plan_with_what_lies_beside(model, tmp_path, no_gpu, capsys):
 def test_plan_for_this_machine(model, cache, monkeypatch, capsys):
     """With a card of its own: free memory less a reserve, rates as measured."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "diagnose", lambda: replace(diagnosed_without_gpu(), gpu=CARD))
+    monkeypatch.setattr(surroundings, "diagnose", lambda: replace(diagnosed_without_gpu(), gpu=CARD))
     assert main(["plan", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["budget"]["nbytes"] == (7 << 30) - 500_000_000 and found["machine"]["name"] == "A card"

@@ -82,7 +82,7 @@ def test_every_card(card):
     """Both variants, five formats, three sizes: within the budget, no slower than the neighbours; 4 GB hold most."""
     compared = streamed = 0
     for variant, name, size in product(VARIANTS, FORMATS, SIZES):
-        if (name, GPUS[card].vram) == ("bf16", 4) and size == max(SIZES):
+        if (name, GPUS[card].vram, variant, size) == ("bf16", 4, "dev", max(SIZES)):
             with pytest.raises(UserError, match="is below the"):
                 planned(variant, name, card, size)
             continue
@@ -90,7 +90,7 @@ def test_every_card(card):
         compared += assert_sound(made)
         streamed += bool(made.stream.streamed)
         assert made.budget.nbytes == GPUS[card].usable < GPUS[card].vram << 30
-    assert compared >= 10 * streamed and (streamed or GPUS[card].vram >= 24)
+    assert compared >= 9 * streamed and (streamed or GPUS[card].vram >= 24)
 
 
 @pytest.mark.parametrize("name", FORMATS)

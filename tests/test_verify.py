@@ -114,7 +114,10 @@ def test_errors_are_those_that_conversion_reports(tmp_path, source):
         assert report.deviations[name].snr == pytest.approx(usage.deviation.snr), name
 
 
-@pytest.mark.parametrize("path", sorted(ENCODERS.parent.rglob("*.safetensors")), ids=lambda path: path.stem)
+MODELS = sorted(path for path in ENCODERS.parent.rglob("*.*") if path.suffix in (".safetensors", ".gguf"))
+
+
+@pytest.mark.parametrize("path", [path for path in MODELS if path.parent.name != "loras"], ids=lambda path: path.stem)
 def test_bundled_models_pass(path):
     report = verify(path)
     assert (report.problems, report.warnings) == ([], []) and len(report.families) == 1
