@@ -111,7 +111,7 @@ def test_offloading_in_groups(t5, blocks: dict):
     model, cpu = flux_quant.load_text_encoder(FILES.t5, device="cpu"), torch.device("cpu")
     try:
         apply_group_offloading(model, onload_device=cpu, offload_device=cpu, **blocks)
-    except ValueError as refused:  # of diffusers before 0.39 without an accelerator
+    except (AttributeError, ValueError) as refused:  # old versions of diffusers ask for an accelerator first
         pytest.skip(str(refused))
     assert torch.equal(model(IDS).last_hidden_state, t5(IDS).last_hidden_state)
 
