@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from flux_quant.benchmarks.bench.nvidia import query
+from flux_quant.benchmarks.bench.places import cleaned
 from flux_quant.benchmarks.bench.record import slug
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +86,8 @@ def attention_backends() -> list[str]:
 def write_result(
     suite: str, result: dict[str, object], folder: Path = RESULTS, machine: dict[str, object] | None = None
 ) -> Path:
-    """`folder/<machine>/<date>-suite.json`, which replaces that of the same day: complete or not at all.
+    """`folder/<machine>/<date>-suite.json`, which replaces that of the same day: complete or not at all,
+    and no folder of the machine in it.
 
     machine: its fingerprint, where that is known already.
     """
@@ -94,7 +96,7 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     content = {"suite": suite, "machine": machine, **result}
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(cleaned(content), indent=1) + "\n")
     temporary.replace(path)
     return path
 

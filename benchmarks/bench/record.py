@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
+from flux_quant.benchmarks.bench.places import cleaned
 from flux_quant.errors import UserError
 
 SCHEMA = 1
@@ -97,10 +98,10 @@ class Run:
 
 
 def write_run(run: Run, path: Path) -> None:
-    """Complete or not at all."""
+    """Complete or not at all, and no folder of the machine in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(run), indent=1) + "\n")
+    temporary.write_text(json.dumps(cleaned(asdict(run)), indent=1) + "\n")
     temporary.replace(path)
 
 

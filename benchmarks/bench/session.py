@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flux_quant.benchmarks.bench import limits, models
+from flux_quant.benchmarks.bench import limits, models, places
 from flux_quant.benchmarks.bench.record import SKIPPED, Row, Run, read_run, slug
 from flux_quant.benchmarks.bench.runner import Runner, Watcher
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
@@ -82,7 +82,7 @@ class Session:
         except UserError:  # which the cases say
             weights = {"kind": "none", "name": "none"}
         path = self.path(suite.name, str(machine["date"])[:10])
-        run = Run(suite.name, shlex.join(["flux-quant", *sys.argv[1:]]), now(), weights, machine, can)
+        run = Run(suite.name, places.command(sys.argv[1:]), now(), weights, machine, can)
         if self.resume and path.exists():
             earlier = read_run(path)
             if same(earlier, run):
@@ -97,7 +97,9 @@ class Session:
 
     def base(self, suite: str) -> str:
         asked = self.asked
-        weights = ["--random"] if asked.random else ["--model", str(asked.model)] if asked.model else []
+        weights = (
+            ["--random"] if asked.random else ["--model", shlex.quote(places.shown(asked.model))] if asked.model else []
+        )
         return " ".join(["flux-quant bench", suite, *weights, *(["--quick"] if asked.quick else [])])
 
 
