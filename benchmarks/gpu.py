@@ -1,20 +1,23 @@
 """The GPU suite: everything that only a CUDA device can tell. One JSON per part in `benchmarks/results/`.
 
-    python -I -m flux_quant.benchmarks.gpu [--only tests,kernels] [--allow-skip] [--dry-run]
-    python -I -m flux_quant.benchmarks.gpu --only streaming
+    python -I -m flux_quant.benchmarks.gpu                      # the call `kernels`
+    python -I -m flux_quant.benchmarks.gpu --only streaming     # another call, or parts: --only tests,kernels
+    python -I -m flux_quant.benchmarks.gpu --dry-run            # all calls on small sizes, on a CPU too; keeps nothing
 
-Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself. There are
-two calls, as the parts of each stay under nine minutes together: the kernels, and `--only streaming`, which stands for
-everything about streaming. `--dry-run` walks through both on small sizes, on a CPU too, and keeps nothing.
+Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself. A call is
+what fits into nine minutes. How each part ended is written as soon as it has, beside those of the same day.
 """
 
 import argparse
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +25,15 @@ from xml.etree import ElementTree
 
 import torch
 
-from flux_quant.benchmarks.machine import RESULTS, device_name, write_result
+from flux_quant.benchmarks.machine import RESULTS, device_name, result_path, write_result
+from flux_quant.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests"
 UNTIL = "FLUX_QUANT_TESTS_UNTIL"  # as tests/conftest.py reads it: tests that would begin later are skipped
 LAST_TEST = 25  # seconds that collecting the report, and a test that has begun, may take
 WORKERS = 12  # test processes, where pytest-xdist is installed: most of the time goes into compiling kernels
 SLOWEST = 20
+SUITE = "gpu"
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,27 @@ class Part:
     arguments: tuple[str, ...] = ()
 
 
-PARTS = {
-    "tests": Part("flux_quant.benchmarks.gpu", 180, ("--tests",)),
-    "tune": Part("flux_quant.benchmarks.tune", 90),
-    "kernels": Part("flux_quant.benchmarks.kernels", 130),
-    "products8": Part("flux_quant.benchmarks.products8", 40),
-    "step": Part("flux_quant.benchmarks.step", 80),
-    "aims": Part("flux_quant.benchmarks.aims", 20),
+AIMS = Part("flux_quant.benchmarks.aims", 20)
+CALLS: dict[str, dict[str, Part]] = {  # parts that measure until a time stop by themselves before they are stopped
+    "kernels": {
+        "tests": Part("flux_quant.benchmarks.gpu", 180, ("--tests",)),
+        "tune": Part("flux_quant.benchmarks.tune", 90),
+        "kernels": Part("flux_quant.benchmarks.kernels", 130),
+        "products8": Part("flux_quant.benchmarks.products8", 40),
+        "step": Part("flux_quant.benchmarks.step", 80),
+        "aims": AIMS,
+    },
+    "streaming": {
+        "streaming": Part("flux_quant.benchmarks.streaming", 350, ("--save", "--seconds", "325")),
+        "offloaders": Part("flux_quant.benchmarks.offloaders", 170, ("--save", "--seconds", "160")),
+        "aims": AIMS,
+    },
+    "rest": {
+        "side_paths": Part("flux_quant.benchmarks.side_paths", 60),
+        "aims": AIMS,
+    },
 }
-SECOND = {  # the second call; both measurements stop by themselves before they are stopped
-    "streaming": Part("flux_quant.benchmarks.streaming", 350, ("--save", "--seconds", "325")),
-    "offloaders": Part("flux_quant.benchmarks.offloaders", 170, ("--save", "--seconds", "160")),
-    "aims": PARTS["aims"],
-}
-ALL = PARTS | SECOND | {"side_paths": Part("flux_quant.benchmarks.side_paths", 60)}  # LoRAs: by name only
+PARTS = {name: part for parts in CALLS.values() for name, part in parts.items()}
 
 
 def run_tests() -> bool:
@@ -90,46 +102,76 @@ def run(name: str, part: Part, dry: bool) -> dict[str, object]:
     arguments = ["--small"] if dry else list(part.arguments) or ["--save"]
     print(f"--- {name}, at most {part.seconds} s", flush=True)
     start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-I", "-m", part.module, *arguments], start_new_session=True)
     try:
-        done = subprocess.run([sys.executable, "-I", "-m", part.module, *arguments], timeout=part.seconds)
-        outcome = "ok" if done.returncode == 0 else f"exit code {done.returncode}"
+        code = process.wait(part.seconds)
+        outcome = "ok" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
         outcome = f"stopped after {part.seconds} s"
+    finally:
+        stop(process)
     seconds = round(time.monotonic() - start, 1)
     print(f"--- {name}: {outcome}, {seconds} s", flush=True)
     return {"outcome": outcome, "seconds": seconds}
 
 
+def stop(process: subprocess.Popen) -> None:
+    """With everything it has started: a test process that lives on would hold memory of the device."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
 def parts_of(only: str | None, dry: bool) -> list[str]:
-    """Names of the parts of a call: the first call's if none are named, and in a dry run all there are."""
-    if only is None:
-        return list(ALL if dry else PARTS)
-    return list(SECOND) if only == "streaming" else [name for name in only.split(",") if name]
+    """Names of the parts that were asked for, each once; a call stands for its parts. UserError for unknown names."""
+    names = (only or (",".join(CALLS) if dry else next(iter(CALLS)))).split(",")
+    parts: list[str] = []
+    for name in names:
+        if name not in CALLS and name not in PARTS:
+            raise UserError(f"unknown part {name}; choose from {', '.join(dict.fromkeys([*CALLS, *PARTS]))}")
+        parts += CALLS.get(name, [name])
+    return [*dict.fromkeys(parts)]
+
+
+def note(name: str, outcome: dict[str, object]) -> Path:
+    """Written beside how other parts ended on the same day."""
+    path = result_path(SUITE)
+    earlier = json.loads(path.read_text())["parts"] if path.exists() else {}
+    return write_result(SUITE, {"parts": earlier | {name: outcome}})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help=f"some of {', '.join(ALL)}, with commas between them; streaming: all about it")
+    parser.add_argument("--only", help=f"calls ({', '.join(CALLS)}) or parts ({', '.join(PARTS)}), commas between them")
     parser.add_argument("--allow-skip", action="store_true", help="without CUDA, succeed and do nothing")
     parser.add_argument(
         "--dry-run", action="store_true", help="every part on small sizes, on any device; keeps nothing"
     )
     parser.add_argument("--tests", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    chosen = parts_of(args.only, args.dry_run)
-    if unknown := [name for name in chosen if name not in ALL]:
-        parser.error(f"unknown part {unknown[0]}; choose from {', '.join(ALL)}")
+    try:
+        chosen = parts_of(args.only, args.dry_run)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not torch.cuda.is_available() and not args.dry_run:
         print(f"GPU suite skipped: no CUDA device (torch {torch.__version__})", file=sys.stderr)
         return 0 if args.allow_skip else 1
     if args.tests:
         return 0 if run_tests() else 1
     print(f"GPU suite on {device_name()}")
-    parts = {name: ALL[name] for name in chosen if not (args.dry_run and name == "tests")}
-    outcomes = {name: run(name, part, args.dry_run) for name, part in parts.items()}
+    outcomes = {}
+    for name in chosen:
+        if args.dry_run and name == "tests":
+            continue
+        outcomes[name] = run(name, PARTS[name], args.dry_run)
+        if not args.dry_run:
+            note(name, outcomes[name])
     if not args.dry_run:
-        suite = "gpu-streaming" if set(parts) & set(SECOND) - set(PARTS) else "gpu"
-        print(f"wrote {write_result(suite, {'parts': outcomes})}; results are in {RESULTS}")
+        print(f"results are in {RESULTS}")
     return 0 if all(row["outcome"] == "ok" for row in outcomes.values()) else 1
 
 

@@ -1,14 +1,18 @@
 """The benchmarks themselves: the chain they compare with is right, aims are judged, a dry run walks all parts."""
 
+import json
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from flux_quant.benchmarks import aims, eager, gpu, timing
 from flux_quant.benchmarks.random_weights import random_parts
+from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS, IN_MEMORY
 
 CPU = torch.device("cpu")
@@ -69,15 +73,52 @@ def test_aims_are_judged():
     assert [row["measured"] for row in aims.judged({})] == [0] * len(aims.AIMS)
 
 
-def test_parts_of_the_gpu_suite_fit_nine_minutes_and_exist():
-    assert sum(part.seconds for part in gpu.PARTS.values()) <= 540
-    assert all(find_spec(part.module) for part in gpu.PARTS.values())
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_parts_of_the_gpu_suite_fit_nine_minutes_and_exist(call):
+    assert sum(part.seconds for part in gpu.CALLS[call].values()) <= 540
+    assert all(find_spec(part.module) for part in gpu.CALLS[call].values())
+
+
+def test_calls_and_parts_are_named():
+    first, *others = gpu.CALLS
+    assert gpu.parts_of(None, dry=False) == list(gpu.CALLS[first])
+    assert gpu.parts_of(f"tests,{others[0]},aims", dry=False) == ["tests", *gpu.CALLS[others[0]]]
+    assert gpu.parts_of(None, dry=True) == list(gpu.PARTS)
+    with pytest.raises(UserError, match="unknown part test;"):
+        gpu.parts_of("test", dry=False)
+
+
+def test_outcomes_of_one_day_stand_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "result_path", lambda suite: tmp_path / f"{suite}.json")
+    written = {}
+    monkeypatch.setattr(gpu, "write_result", lambda suite, result: written.update(result))
+    for name in ("tests", "kernels", "tests"):
+        gpu.note(name, {"outcome": name, "seconds": len(written)})
+        (tmp_path / "gpu.json").write_text(json.dumps(written))
+    assert written["parts"] == {
+        "tests": {"outcome": "tests", "seconds": 1},
+        "kernels": {"outcome": "kernels", "seconds": 1},
+    }
 
 
 def test_a_part_that_hangs_or_fails_costs_only_itself(capfd, monkeypatch):
     hanging = gpu.Part("timeit", 1, ("-n1", "-r1", "import time; time.sleep(60)"))
     assert gpu.run("hanging", hanging, dry=False)["outcome"] == "stopped after 1 s"
     assert gpu.run("failing", gpu.Part("timeit", 20, ("1/0",)), dry=False)["outcome"] == "exit code 1"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who still runs")
+def test_a_part_that_is_stopped_leaves_nothing_running(tmp_path, capfd):
+    sign = tmp_path / "child"
+    begin = "import subprocess; child = subprocess.Popen(['sleep', '60'])"
+    child = f"{begin}; open({str(sign)!r}, 'w').write(str(child.pid)); child.wait()"
+    assert "stopped" in gpu.run("parent", gpu.Part("timeit", 3, ("-n1", "-r1", child)), dry=False)["outcome"]
+    status = Path(f"/proc/{sign.read_text()}/stat")
+    for _ in range(100):  # the process that adopts it has to notice its end
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child still runs")
 
 
 @pytest.mark.slow
