@@ -117,7 +117,7 @@ def test_only_emulated_rows_are_marked_so(walked: dict[str, list[dict]]):
     rows = [row for row in walked["rows"] if "emulated_gb_per_s" in row]
     assert [row["emulated_gb_per_s"] for row in rows] == [0.02]
     here = {row["link_gb_per_s"] for row in walked["rows"] if row["what"] == "step" and row not in rows}
-    assert len(here) == 1 and rows[0]["link_gb_per_s"] not in here, "its own rate is measured once, the emulated one too"
+    assert len(here) == 1 and rows[0]["link_gb_per_s"] not in here, "measured once each"
 
 
 def test_ram_and_modulation_have_rows(walked: dict[str, list[dict]]):
