@@ -1,24 +1,27 @@
-"""Fill the tables of README.md from the committed results, so that every number in it was measured.
+"""Fill the tables of README.md and docs/quality.md from the committed results, so that every number was measured.
 
     python -I -m flux_quant.benchmarks.readme              # from benchmarks/results
     python -I -m flux_quant.benchmarks.readme --take demo  # first take over a new run of the demo
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what lies between them is replaced.
+README.md takes the newest results, docs/quality.md the file that it names: its sentences are about that one.
 """
 
 import argparse
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
 from flux_quant.benchmarks.bench.earlier import load
-from flux_quant.benchmarks.bench.record import MEASURED, Row, Run
+from flux_quant.benchmarks.bench.record import MEASURED, Row, Run, read_run
 from flux_quant.benchmarks.make_full_size import infos
+from flux_quant.benchmarks.quality import table as quality
 from flux_quant.converters.mixes import BASES
 from flux_quant.converters.recipe import build
+from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,13 +160,29 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str) -> str:
-    """The text with every table made anew. ValueError for a name that is not in TABLES."""
+def quality_tables(text: str) -> dict[str, Callable[[], str]]:
+    """Of the result whose path stands in the text. UserError if none does, or it is not there."""
+    named = re.search(r"benchmarks/results/[^`\s]+-quality\.json", text)
+    if not named:
+        raise UserError("docs/quality.md names no result of the quality suite")
+    made = quality.tables(read_run(ROOT / named[0]))
+    return {name: lambda lines=lines: "\n".join(lines) for name, lines in made.items()}
+
+
+PAGES: dict[str, Callable[[str], Mapping[str, Callable[[], str]]]] = {  # page -> its tables, by its text
+    "README.md": lambda text: TABLES,
+    "docs/quality.md": quality_tables,
+}
+
+
+def filled(page: str, text: str) -> str:
+    """The text of one of PAGES with every table made anew. UserError for a table that there is not."""
+    tables = PAGES[page](text)
 
     def fill(found: re.Match) -> str:
-        if found[1] not in TABLES:
-            raise ValueError(f"README.md asks for the table {found[1]}, there are {', '.join(TABLES)}")
-        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+        if found[1] not in tables:
+            raise UserError(f"{page} asks for the table {found[1]}, there are {', '.join(tables)}")
+        return f"<!-- table: {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
@@ -179,8 +198,9 @@ def main() -> None:
     if args.take:
         shutil.copy(args.take / "report.json", RESULTS / "demo.json")
         shutil.copy(args.take / "contact-sheet.png", ROOT / "docs/contact-sheet.png")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    made = {ROOT / page: filled(page, (ROOT / page).read_text()) for page in PAGES}
+    for path, text in made.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

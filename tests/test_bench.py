@@ -283,6 +283,55 @@ def test_a_session_writes_a_file_per_suite_and_resumes_it(tmp_path: Path, still:
     assert other.name == "2026-01-02-it-random.json"
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run begins an hour after the one before."""
+    hours = iter(range(24))
+    monkeypatch.setattr(session, "now", lambda: f"2026-01-02T{next(hours):02}:04:05+00:00")
+
+
+def asked_again(folder: Path, names: str, resume: bool = False, limit: float = 60.0) -> tuple[Run, Path]:
+    made = session.Session(Asked(), folder, limit, resume)
+    ((run, path),) = made.run([suite_of(*(case(name, []) for name in names))])
+    return run, path
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {
+        path.name: "".join(row.what["format"] for row in read_run(path).rows if row.status == MEASURED)
+        for path in folder.glob("*/*")
+    }
+
+
+def test_a_run_replaces_only_a_file_of_the_day_that_holds_no_more(tmp_path: Path, still: None, clock: None):
+    asked_again(tmp_path, "ab")
+    asked_again(tmp_path, "bac")
+    assert files_in(tmp_path) == {"2026-01-02-it.json": "bac"}
+    _, path = asked_again(tmp_path, "ad")
+    left = {"2026-01-02-it.json": "bac", "2026-01-02T020405-it.json": "ad"}
+    assert files_in(tmp_path) == left and path.name == "2026-01-02T020405-it.json"
+    asked_again(tmp_path, "abc", limit=-1.0)
+    assert files_in(tmp_path) == left | {"2026-01-02T030405-it.json": ""}, "rows without time replace none"
+    assert files_in(tmp_path)["2026-01-02-it.json"] == "bac"
+
+
+def test_a_run_leaves_results_of_scripts_alone(tmp_path: Path, still: None, clock: None):
+    _, path = asked_again(tmp_path, "a")
+    path.write_text('{"suite": "it", "machine": {}, "rows": []}')
+    assert asked_again(tmp_path, "a")[1].name == "2026-01-02T010405-it.json"
+    assert "schema" not in json.loads(path.read_text())
+
+
+def test_the_last_run_of_a_day_is_resumed(tmp_path: Path, still: None, clock: None, monkeypatch: pytest.MonkeyPatch):
+    asked_again(tmp_path, "ab")
+    monkeypatch.setattr(session, "fingerprint", lambda: MACHINE | {"commit": "def"})
+    asked_again(tmp_path, "b")
+    assert files_in(tmp_path) == {"2026-01-02-it.json": "ab", "2026-01-02T010405-it.json": "b"}
+    run, path = asked_again(tmp_path, "ab", resume=True)
+    assert [row.what["format"] for row in run.rows] == ["b", "a"] and path.name == "2026-01-02-it.json"
+    assert files_in(tmp_path) == {"2026-01-02-it.json": "ba"}, "it has all that the first one had"
+
+
 def test_weights_of_a_file_are_told_by_their_content(tmp_path: Path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"weights")

@@ -1,6 +1,4 @@
-"""Metrics against outside judges and by hand; intervals; captions; the tables of the document."""
-
-from pathlib import Path
+"""Metrics against outside judges and by hand; intervals; captions."""
 
 import numpy as np
 import pytest
@@ -8,9 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from flux_quant.benchmarks import metrics
-from flux_quant.benchmarks.bench.record import read_run
-from flux_quant.benchmarks.machine import newest_result
-from flux_quant.benchmarks.quality import figures, table
+from flux_quant.benchmarks.quality import figures
 from flux_quant.benchmarks.quality.prompts import NAMES, PLACES, REAL, SHIPPED, Wanted, by_rule
 from flux_quant.benchmarks.quality.retrieval import Judge, open_judge
 from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld, Scene
@@ -135,11 +131,3 @@ def test_judge_without_font_or_fonttools(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(EmojiWorld, "__init__", lambda self, error=error: (_ for _ in ()).throw(error))
         found, why = open_judge()
         assert found is None and reason in why
-
-
-def test_the_document_has_the_newest_results():
-    text = (Path(__file__).parents[1] / "docs" / "quality.md").read_text()
-    path = newest_result("quality", machine="cpu")
-    assert path.name in text
-    for line in table.tables(read_run(path)):
-        assert line in text

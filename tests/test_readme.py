@@ -3,15 +3,30 @@
 import json
 import re
 
-from flux_quant.benchmarks.readme import ROOT, TABLES, filled
+import pytest
+
+from flux_quant.benchmarks.readme import PAGES, ROOT, filled
+from flux_quant.errors import UserError
 
 README = ROOT / "README.md"
 
 
-def test_tables_are_those_of_the_results():
-    text = README.read_text()
-    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(TABLES)
-    assert filled(text) == text, "run: python -I -m flux_quant.benchmarks.readme"
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page: str):
+    text = (ROOT / page).read_text()
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(PAGES[page](text))
+    assert filled(page, text) == text, "run: make report"
+
+
+def test_a_page_of_quality_takes_the_result_that_it_names():
+    text = (ROOT / "docs/quality.md").read_text()
+    torn = re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end -->)", r"\1gone\n\2", text, flags=re.DOTALL)
+    assert torn != text and filled("docs/quality.md", torn) == text
+    for found, message in (("quality.json", "other.json"), "names no result"), (("2026-", "1999-"), "1999-"):
+        with pytest.raises(UserError, match=message):
+            filled("docs/quality.md", text.replace(*found))
+    with pytest.raises(UserError, match="asks for the table gone, there are formats, steps, blocks"):
+        filled("docs/quality.md", text.replace("table: steps", "table: gone"))
 
 
 def test_sentences_about_turbo_and_inpainting():

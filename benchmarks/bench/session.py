@@ -60,11 +60,12 @@ class Session:
         for number, suite in enumerate(suites):
             parts = [part_of(other) for other in suites[number:]]
             share = (until - time.monotonic()) * parts[0] / sum(parts)
-            run, path = self.begun(suite, machine, can)
+            day = self.path(suite.name, str(machine["date"])[:10])
+            run, path = self.begun(suite, machine, can, day)
             runner = Runner(run, path, self.asked.repeats, time.monotonic() + share, self.base(suite.name), self.resume)
             runner.watcher = self.watcher
             runner.measure(self.cases(suite, replace(self.asked, limits=can, seconds=share), len(suites) == 1))
-            yield run, path
+            yield run, settled(run, path, day)
 
     def cases(self, suite: Suite, asked: Asked, alone: bool) -> list[Case]:
         """Where one of many suites has nothing to measure, it says why and the others go on."""
@@ -75,19 +76,22 @@ class Session:
                 raise
             return [Case({"suite": suite.name}, lambda error=error: Row(status=SKIPPED, note=str(error)))]
 
-    def begun(self, suite: Suite, machine: dict, can: dict) -> tuple[Run, Path]:
-        """A new run, with the rows of an earlier one of the day that it resumes."""
+    def begun(self, suite: Suite, machine: dict, can: dict, day: Path) -> tuple[Run, Path]:
+        """A new run with its file, or what goes on with the rows and in the file of an earlier one of the day.
+
+        day: the file of the day's first run, which a new one leaves alone while it is measured
+        """
         try:
             weights = (suite.weights or models.weights_of)(self.asked)
         except UserError:  # which the cases say
             weights = {"kind": "none", "name": "none"}
-        path = self.path(suite.name, str(machine["date"])[:10])
         run = Run(suite.name, places.command(sys.argv[1:]), now(), weights, machine, can)
-        if self.resume and path.exists():
-            earlier = read_run(path)
-            if same(earlier, run):
+        files = runs_of(day)
+        for path, earlier in reversed(files.items()) if self.resume else ():
+            if earlier and same(earlier, run):
                 run.rows = earlier.rows
-        return run, path
+                return run, path
+        return run, aside(day, run.date) if files else day
 
     def path(self, suite: str, date: str) -> Path:
         """Of one suite there is a file a day for each kind of weights, and one for a quick look."""
@@ -105,6 +109,38 @@ class Session:
 
 def part_of(suite: Suite) -> int:
     return SUITES.get(suite.name, ("", 1))[1]
+
+
+def runs_of(day: Path) -> dict[Path, Run | None]:
+    """The first run of a day and what later ones left aside, in their order; None for a file of another kind."""
+    found: dict[Path, Run | None] = {}
+    for path in [day, *sorted(day.parent.glob(f"{day.name[:10]}T??????{day.name[10:]}"))]:
+        if path.exists():
+            try:
+                found[path] = read_run(path)
+            except UserError:
+                found[path] = None
+    return found
+
+
+def aside(day: Path, date: str) -> Path:
+    """2026-11-21-step.json -> 2026-11-21T140501-step.json, at that time of `date`."""
+    return day.with_name(f"{day.name[:10]}T{date[11:19].replace(':', '')}{day.name[10:]}")
+
+
+def settled(run: Run, path: Path, day: Path) -> Path:
+    """Where a run lies that is through: as the day's, unless the one that is there holds rows that it has not."""
+    if path == day or not path.exists():
+        return path
+    earlier = runs_of(day).get(day)
+    have = {row.key for row in measured(run)}
+    if earlier is None and day.exists() or earlier and any(row.key not in have for row in measured(earlier)):
+        return path
+    return path.replace(day)
+
+
+def measured(run: Run) -> list[Row]:
+    return [row for row in run.rows if row.status != SKIPPED]
 
 
 def same(earlier: Run, run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""A run of the suite as the tables of docs/quality.md.
+"""A run of the suite as tables, those of docs/quality.md.
 
 python -I -m flux_quant.benchmarks.quality.table [RESULTS.json]    # else the newest committed one of a CPU
 """
@@ -13,14 +13,15 @@ from flux_quant.benchmarks.machine import newest_result
 NONE = "-"
 
 
-def tables(run: Run) -> list[str]:
-    """Lines of Markdown: formats with their floor, velocity error by step, sensitivity by block."""
+def tables(run: Run) -> dict[str, list[str]]:
+    """Lines of Markdown: formats with their floor, velocity error by step, sensitivity by block if it is known."""
     found: dict[str, list[Row]] = {"format": [], "floor": [], "block": []}
     for row in run.rows:
         if row.status == MEASURED:
             found[str(row.what["part"])].append(row)
     formats, blocks = found["format"], found["block"]
-    return [*of_formats(formats), "", *of_steps(formats), "", *(of_blocks(blocks) if blocks else ())]
+    made = {"formats": of_formats(formats), "steps": of_steps(formats)}
+    return made | ({"blocks": of_blocks(blocks)} if blocks else {})
 
 
 def of_formats(rows: Sequence[Row]) -> list[str]:
@@ -116,7 +117,8 @@ def main() -> int:
     if path is None:
         print("no results of the quality suite: flux-quant bench quality", file=sys.stderr)
         return 2
-    print(*tables(read_run(path)), sep="\n")
+    for lines in tables(read_run(path)).values():
+        print(*lines, "", sep="\n")
     return 0
 
 
