@@ -1,10 +1,10 @@
-"""Fill the tables of README.md and docs/quality.md from the committed results, so that every number was measured.
+"""Fill the tables of README.md and of pages in docs/ from the committed results, so that every number was measured.
 
     python -I -m flux_quant.benchmarks.readme              # from benchmarks/results
     python -I -m flux_quant.benchmarks.readme --take demo  # first take over a new run of the demo
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what lies between them is replaced.
-README.md takes the newest results, docs/quality.md the file that it names: its sentences are about that one.
+Pages take the newest results, docs/quality.md the file that it names: its sentences are about that one.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
+from flux_quant.benchmarks.aims import AIMS
 from flux_quant.benchmarks.bench.earlier import load
 from flux_quant.benchmarks.bench.record import MEASURED, Row, Run, read_run
+from flux_quant.benchmarks.machine import suite_in
 from flux_quant.benchmarks.make_full_size import infos
 from flux_quant.benchmarks.quality import table as quality
 from flux_quant.converters.mixes import BASES
@@ -141,6 +143,30 @@ def large_sources(run: Run) -> list[Row]:
     return [row for row in run.rows if row.status == MEASURED and row.values["source_bytes"] >= LARGE]
 
 
+def aims_table(results: list[dict]) -> str:
+    """What a GPU is held to, and what every one that was measured said: the worst of so many cases."""
+    devices = [f"{result['machine']['device']}, {result['machine']['date'][:10]}" for result in results]
+    judged = [{row["aim"]: row for row in result["aims"]} for result in results]
+    lines = [f"| aim | | {' | '.join(devices) or 'no GPU yet'} |", "|---|---:|" + "---:|" * max(1, len(devices))]
+    for aim in AIMS:
+        cells = [aim_cell(rows.get(aim.text)) for rows in judged] or ["not measured"]
+        sign = "at most" if aim.at_most else "at least"
+        lines.append(f"| {aim.text} | {sign} {aim.bound:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def aim_cell(row: dict | None) -> str:
+    if row is None or not row["measured"]:
+        return "not measured"
+    missed = f"missed by {len(row['missed'])} of {row['measured']}" if row["missed"] else f"met by {row['measured']}"
+    return f"{row['worst']:.3f}, {missed}"
+
+
+def newest_by_machine(suite: str) -> list[dict]:
+    found = {path.parent: path for path in sorted(RESULTS.glob(f"*/*-{suite}.json")) if suite_in(path) == suite}
+    return [json.loads(path.read_text()) for path in found.values()]
+
+
 def newest(pattern: str) -> dict:
     """The last of the results whose names fit."""
     return max(map(json.loads, (path.read_text() for path in RESULTS.glob(pattern))), key=date_of)
@@ -172,6 +198,7 @@ def quality_tables(text: str) -> dict[str, Callable[[], str]]:
 PAGES: dict[str, Callable[[str], Mapping[str, Callable[[], str]]]] = {  # page -> its tables, by its text
     "README.md": lambda text: TABLES,
     "docs/quality.md": quality_tables,
+    "docs/benchmarks.md": lambda text: {"aims": lambda: aims_table(newest_by_machine("aims"))},
 }
 
 

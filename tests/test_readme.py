@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from flux_quant.benchmarks.readme import PAGES, ROOT, filled
+from flux_quant.benchmarks.aims import AIMS
+from flux_quant.benchmarks.readme import PAGES, ROOT, aims_table, filled
 from flux_quant.errors import UserError
 
 README = ROOT / "README.md"
@@ -16,6 +17,21 @@ def test_tables_are_those_of_the_results(page: str):
     text = (ROOT / page).read_text()
     assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(PAGES[page](text))
     assert filled(page, text) == text, "run: make report"
+
+
+def test_aims_stand_beside_every_gpu_that_was_measured():
+    first, second = (next(aim for aim in AIMS if aim.at_most == at_most) for at_most in (False, True))
+    machine = {"device": "NVIDIA X", "date": "2026-01-02T03:04:05"}
+    rows = [
+        {"aim": first.text, "bound": first.bound, "measured": 3, "worst": 0.8, "missed": {"q4_k": 0.8}},
+        {"aim": second.text, "bound": second.bound, "measured": 2, "worst": 0.5, "missed": {}},
+    ]
+    table = aims_table([{"machine": machine, "aims": rows}])
+    assert "| NVIDIA X, 2026-01-02 |" in table
+    assert f"| {first.text} | at least {first.bound:g} | 0.800, missed by 1 of 3 |" in table
+    assert f"| {second.text} | at most {second.bound:g} | 0.500, met by 2 |" in table
+    assert table.count("| not measured |") == len(AIMS) - 2
+    assert aims_table([]).count("not measured") == len(AIMS)
 
 
 def test_a_page_of_quality_takes_the_result_that_it_names():
