@@ -7,7 +7,7 @@ From then on `kernels.dispatch` uses what was found; `--save` also writes it to 
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from rich.console import Console
@@ -22,6 +22,12 @@ from flux_quant.kernels import fallback, tables
 
 LAYER = (9216, 3072)  # qkv of a double block
 ROUNDS = 3
+FIRST = ("q8_0", "q4_k", "fp8", "q5_k", "q6_k", "q4_0", "int8")  # what most files are in; the others after them
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The most important formats first."""
+    return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 @torch.inference_mode()
