@@ -27,7 +27,7 @@ from flux_quant.benchmarks.tiny_flux.evaluate_inpainting import (
 from flux_quant.benchmarks.tiny_flux.evaluate_inpainting import ways as all_ways
 from flux_quant.benchmarks.tiny_flux.inpainting import fresh_net, in_diffusers_names
 from flux_quant.benchmarks.tiny_flux.masks import half_plane
-from flux_quant.benchmarks.tiny_flux.train import CONFIG
+from flux_quant.benchmarks.tiny_flux.networks import CONFIG
 from flux_quant.cli import main
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.checkpoint import load, open_checkpoint

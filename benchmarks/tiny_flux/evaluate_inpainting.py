@@ -14,7 +14,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_quant.benchmarks.tiny_flux.emoji import OFFSETS, POSITIONS, SIZE, WIDTHS, EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.evaluate import exact_device
 from flux_quant.benchmarks.tiny_flux.inpainting import masked_psnr
 from flux_quant.benchmarks.tiny_flux.judge import Request as Asked
 from flux_quant.benchmarks.tiny_flux.judge import nearest
@@ -52,6 +53,7 @@ class Way:
     net: Path | None = NET
     lora: Path | None = None
     put_back: bool = True  # after each step; without it a net draws all of the picture
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def painted(world: EmojiWorld, case: Case, way: Way, folder: Path) -> np.ndarray
         controls=() if way.net is None else (ControlRequest(way.net),),
         loras=() if way.lora is None else ((way.lora, 1.0),),
     )
-    return np.asarray(generate(find_components(BUNDLED), request).image)
+    return np.asarray(generate(find_components(BUNDLED), request, way.device).image)
 
 
 def painted_all(world: EmojiWorld, cases: Sequence[Case], way: Way) -> np.ndarray:
@@ -198,11 +200,11 @@ def evaluate(world: EmojiWorld, count: int, way: Way) -> dict[str, object]:
     )
 
 
-def shipped_to_reference(world: EmojiWorld, count: int, reference: Path) -> dict[str, float]:
+def shipped_to_reference(world: EmojiWorld, count: int, reference: Path, device: torch.device) -> dict[str, float]:
     """PSNR between what the shipped net and its weights in bfloat16 paint, in the masks."""
     cases = part_cases(world, count // len(PARTS), 271828)
     masks = torch.from_numpy(np.stack([case.mask for case in cases]))[:, None].float()
-    pair = (tensor(painted_all(world, cases, way)) for way in (Way(), Way(net=reference)))
+    pair = (tensor(painted_all(world, cases, way)) for way in (Way(device=device), Way(net=reference, device=device)))
     values = masked_psnr(*pair, masks)
     return dict(pictures=len(cases), psnr=float(values.mean()), worst=float(values.min()))
 
@@ -227,13 +229,16 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, default=TURBO, help="left out if there is no such file")
     parser.add_argument("--reference", type=Path, help="the net's weights in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     lora = args.lora if args.lora.is_file() else None
     world, path = EmojiWorld(), args.out / "tiny_inpainting.json"
-    asked, found = ways(lora, args.reference), {}
+    device = exact_device(args.device)
+    asked = {name: replace(way, device=device) for name, way in ways(lora, args.reference).items()}
+    found: dict[str, object] = {}
     for name in args.ways or asked:
         found[name] = evaluate(world, args.count, asked[name])
         print(name, found[name], flush=True)
@@ -244,8 +249,8 @@ def main() -> None:
     figures["net"] = dict(file=NET.name, bytes=NET.stat().st_size)
     figures["seam_of_the_originals"] = seam(*originals)
     if args.reference:
-        figures["shipped_to_bfloat16"] = shipped_to_reference(world, args.count, args.reference)
-    figures["versions"] = dict(torch=torch.__version__, python=platform.python_version())
+        figures["shipped_to_bfloat16"] = shipped_to_reference(world, args.count, args.reference, device)
+    figures["versions"] = dict(torch=torch.__version__, python=platform.python_version(), device=device.type)
     path.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -29,6 +29,7 @@ from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld
 from flux_quant.benchmarks.tiny_flux.evaluate import (
     Case,
     Generator,
+    exact_device,
     held_out_cases,
     judged,
     named_cases,
@@ -69,6 +70,7 @@ def tasks_of(world: EmojiWorld, scale: int) -> list[Task]:
 class Studio:
     lora: Path
     keep: Path  # where pictures of the model alone are kept, if it is a folder: they do not depend on the LoRA
+    device: torch.device = torch.device("cpu")
 
     def draw(self, components: Components, tasks: Sequence[Task], variants: Sequence[str]) -> dict[str, Tensor]:
         """(n, 3, 96, 96) of every variant."""
@@ -80,7 +82,7 @@ class Studio:
                 pictures[variant] = torch.load(kept, weights_only=True)
                 continue
             print(f"{model}: {variant}", file=sys.stderr, flush=True)
-            generator = Generator(components, [self.lora] if who == "turbo" else [])
+            generator = Generator(components, [self.lora] if who == "turbo" else [], self.device)
             captions, seeds = [task.case.caption for task in tasks], [task.seed for task in tasks]
             pictures[variant] = generator(captions, int(steps), GUIDANCE, seeds)
             if who == "base" and self.keep.is_dir():
@@ -141,17 +143,18 @@ def main() -> None:
         "--keep", type=Path, default=Path("build/turbo"), help="keeps what the model alone drew, if it exists"
     )
     parser.add_argument("--scale", type=int, default=3, help="as `evaluate`'s; 3 for both committed files")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     with open_checkpoint(args.lora) as reader:
         lora = {"bytes": args.lora.stat().st_size, "parameters": sum(prod(t.shape) for t in reader.tensors.values())}
-    studio = Studio(args.lora, args.keep)
+    studio = Studio(args.lora, args.keep, exact_device(args.device))
     figures: dict[str, object] = dict(guidance=GUIDANCE, strength=1.0, activations="float32", lora=lora)
     with tempfile.TemporaryDirectory() as folder:
         figures |= evaluate(EmojiWorld(), find_components(BUNDLED), studio, args.scale, Path(folder))
-    figures["versions"] = dict(torch=torch.__version__, python=platform.python_version())
+    figures["versions"] = dict(torch=torch.__version__, python=platform.python_version(), device=studio.device.type)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tiny_turbo.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

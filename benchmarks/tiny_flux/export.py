@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flux_quant import arch
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--flux", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    saved = torch.load(args.flux / "checkpoint.pt", weights_only=True)
+    saved = torch.load(args.flux / "checkpoint.pt", weights_only=True, map_location="cpu")
     state = saved["average"]
     steps = {"flux_quant.training_steps": str(saved["step"])}
     flux = part(state, "flux.")
@@ -59,6 +58,8 @@ def main() -> None:
     clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
     write(args.out / "text_encoders/clip_l.safetensors", clip, {})
     if args.vae:
+        from diffusers import AutoencoderKL
+
         vae = vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
         write(args.out / "vae/ae.safetensors", vae, {})
     shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)

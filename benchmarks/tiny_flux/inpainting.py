@@ -31,16 +31,8 @@ from flux_quant.benchmarks.tiny_flux.judge import Request as Asked
 from flux_quant.benchmarks.tiny_flux.judge import nearest
 from flux_quant.benchmarks.tiny_flux.masks import around_emoji, half, quarter, random_mask, strip
 from flux_quant.benchmarks.tiny_flux.muon import Muon
-from flux_quant.benchmarks.tiny_flux.train import (
-    CONFIG,
-    GRID,
-    GUIDANCE,
-    MUON_RATE,
-    Bundle,
-    latents_of,
-    shifted_uniform,
-    shipped_state,
-)
+from flux_quant.benchmarks.tiny_flux.networks import CONFIG, GRID, Bundle, shipped_state
+from flux_quant.benchmarks.tiny_flux.train import GUIDANCE, MUON_RATE, latents_of, shifted_uniform
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.controlnet import INPAINTING, Control, ControlNet, ControlNetConfig, served
 from flux_quant.drawing import vae
@@ -48,6 +40,7 @@ from flux_quant.drawing.given import inpainting_tokens
 from flux_quant.drawing.pictures import composite
 from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
 from flux_quant.drawing.schedules import noise_levels
+from flux_quant.generation import choose_device
 from flux_quant.loading import load_vae
 from flux_quant.model import Flux, Residuals, image_ids, text_ids, unpack_latents
 from flux_quant.naming import to_diffusers
@@ -97,7 +90,7 @@ def velocity(
     net: ControlNet, flux: Flux, x: Tensor, condition: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor
 ) -> Tensor:
     """Of model and net together. One steering vector each."""
-    ids = dict(img_ids=image_ids(*GRID), txt_ids=text_ids(txt.shape[1]))
+    ids = dict(img_ids=image_ids(*GRID, device=x.device), txt_ids=text_ids(txt.shape[1], device=x.device))
     double, _ = net(x, condition, txt, **ids, steering=net.steering(pooled, t, guidance, x.dtype))
     residuals = Residuals(served(double, len(flux.double_blocks)))
     return flux(x, txt, pooled, t, **ids, guidance=guidance, residuals=residuals)
@@ -106,17 +99,21 @@ def velocity(
 class Pool:
     """Scenes, their latents (scenes, 36, 64), and the condition under some masks of each (scenes, masks, 36, 68)."""
 
-    def __init__(self, world: EmojiWorld, path: Path, scenes: int, masks: int, seed: int) -> None:
+    def __init__(
+        self, world: EmojiWorld, path: Path, scenes: int, masks: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
         if not path.exists():
-            self.make(world, path, scenes, masks, seed)
-        saved = torch.load(path, weights_only=True)
+            self.make(world, path, scenes, masks, seed, device)
+        saved = torch.load(path, weights_only=True, map_location=device)
         self.scenes = [Scene(*row) for row in saved["scenes"]]
         self.latents, self.conditions = saved["latents"], saved["conditions"]
 
     @staticmethod
     @torch.no_grad()
-    def make(world: EmojiWorld, path: Path, count: int, masks: int, seed: int) -> None:
-        model, rng = load_vae(find_components(BUNDLED).vae), np.random.default_rng(seed)
+    def make(
+        world: EmojiWorld, path: Path, count: int, masks: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        model, rng = load_vae(find_components(BUNDLED).vae).to(device), np.random.default_rng(seed)
         scenes = [world.sample(rng) for _ in range(count)]
         latents, conditions, begin = [], [], time.monotonic()
         for start in range(0, count, 16):
@@ -161,7 +158,8 @@ class Check:
     """How well parts of pictures are restored and emoji exchanged, on scenes of its own; drawn from fixed noise."""
 
     def __init__(self, world: EmojiWorld, bundle: Bundle, seed: int = 4321) -> None:
-        self.world, self.flux, self.vae = world, bundle.flux, load_vae(find_components(BUNDLED).vae)
+        self.world, self.flux, self.device = world, bundle.flux, bundle.device
+        self.vae = load_vae(find_components(BUNDLED).vae).to(self.device)
         rng = np.random.default_rng(seed)
         self.scenes = [world.sample(rng) for _ in range(CHECKED)]
         self.masks = mask_tensor([PARTS[i % 3](rng, world, scene) for i, scene in enumerate(self.scenes)])
@@ -191,11 +189,10 @@ class Check:
         condition = inpainting_tokens(pictures, masks, lambda x: vae.encode(self.vae, x))
         kept = condition[..., CONFIG.in_channels :].repeat(1, 1, CONFIG.in_channels // 4)
         known = latents_of_pictures(self.vae, pictures)
-        controls = () if net is None else (Control(net, condition),)
+        controls = () if net is None else (Control(net, condition.to(self.device)),)
         levels = noise_levels("euler", steps, 36, guided=True)
-        drawing = Drawing(
-            noise, Conditioning(*text), GRID, levels, guidance, known=known, mask=1 - kept, controls=controls
-        )
+        given = dict(known=known.to(self.device), mask=1 - kept.to(self.device), controls=controls)
+        drawing = Drawing(noise.to(self.device), Conditioning(*text), GRID, levels, guidance, **given)
         found = vae.decode(self.vae, unpack_latents(denoise(self.flux, drawing), *GRID))
         return composite(found, pictures, masks)
 
@@ -210,13 +207,14 @@ class Trainer:
     """One training run: its state is what a checkpoint holds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.world = args, EmojiWorld()
+        self.args, self.world, (self.device, _) = args, EmojiWorld(), choose_device(args.device)
         torch.manual_seed(args.seed)
         self.bundle = Bundle(find_components(BUNDLED).tokenizers)
         self.bundle.load_state_dict(shipped_state(BUNDLED))
         self.bundle.requires_grad_(False)
-        self.pool = Pool(self.world, args.out / "pool.pt", args.pool, args.masks, args.seed)
-        self.net = fresh_net(self.bundle.flux, args.blocks)
+        self.pool = Pool(self.world, args.out / "pool.pt", args.pool, args.masks, args.seed, self.device)
+        self.net = fresh_net(self.bundle.flux, args.blocks).to(self.device)
+        self.bundle.to(self.device)
         self.average = copy.deepcopy(self.net).requires_grad_(False)
         matrices = [p for name, p in self.net.named_parameters() if "_blocks." in name and p.ndim == 2]
         chosen = {id(p) for p in matrices}
@@ -240,7 +238,7 @@ class Trainer:
         return self.bundle(x, (txt, pooled), t, guidance)
 
     def resume(self) -> None:
-        saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True)
+        saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True, map_location=self.device)
         self.net.load_state_dict(saved["net"])
         self.average.load_state_dict(saved["average"])
         for name, state in saved["optimizers"].items():
@@ -263,16 +261,18 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         n = self.args.batch
-        chosen = torch.from_numpy(self.rng.integers(len(self.pool.scenes), size=n))
-        masks = torch.from_numpy(self.rng.integers(self.pool.conditions.shape[1], size=n))
-        clean, condition = self.pool.latents[chosen].float(), self.pool.conditions[chosen, masks].float()
+        chosen = self.rng.integers(len(self.pool.scenes), size=n)
+        masks = torch.from_numpy(self.rng.integers(self.pool.conditions.shape[1], size=n)).to(self.device)
+        rows = torch.from_numpy(chosen).to(self.device)
+        clean, condition = self.pool.latents[rows].float(), self.pool.conditions[rows, masks].float()
         captions = [self.world.random_caption(self.pool.scenes[i], self.rng) for i in chosen]
         captions = ["" if self.rng.random() < 0.1 else caption for caption in captions]
         with torch.no_grad():
             text = self.bundle.encode(captions)
-        t, noise = shifted_uniform(n), torch.randn_like(clean)
+        t, noise = shifted_uniform(n, device=self.device), torch.randn_like(clean)
         x, target = torch.lerp(clean, noise, t[:, None, None]), noise - clean
-        guidance = torch.where(torch.rand(n) < self.args.usual, USUAL_GUIDANCE, torch.empty(n).uniform_(*GUIDANCE))
+        usual, others = torch.rand(n, device=self.device), torch.empty(n, device=self.device).uniform_(*GUIDANCE)
+        guidance = torch.where(usual < self.args.usual, USUAL_GUIDANCE, others)
         target = target + self.left_of_guidance(x, condition, text, t, guidance)
         found = self.velocity(self.net, self.bundle.flux, x, condition, *text, t, guidance)
         loss = ((found - target).square() * weights_of(condition)).mean()
@@ -299,7 +299,7 @@ class Trainer:
         most = hidden.topk(GUIDED).indices
         share = ((hidden[most] - HIDDEN[0]) / (HIDDEN[1] - HIDDEN[0])).clamp(0, 1)
         given = [torch.cat([part[most], part[most]]) for part in (x, *text, t)]
-        guided, plain = self.alone(*given, torch.cat([guidance[most], torch.ones(GUIDED)])).chunk(2)
+        guided, plain = self.alone(*given, torch.cat([guidance[most], guidance.new_ones(GUIDED)])).chunk(2)
         return torch.zeros_like(x).index_copy_(0, most, share[:, None, None] * (guided - plain))
 
     def run(self) -> None:
@@ -339,6 +339,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=8000, help="scenes, encoded once")
     parser.add_argument("--masks", type=int, default=2, help="of each scene")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs gcc")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

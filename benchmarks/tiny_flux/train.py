@@ -5,10 +5,6 @@ distilled into the guidance input, as FLUX.1 [dev]'s was: for a scale g the targ
 between the averaged model's predictions with and without the caption (at g = 1), so the model learns in one evaluation
 what classifier-free guidance needs two for, and goes on learning from the data meanwhile.
 
-FLUX.1's text encoders know the world before its transformer is trained. These here start from nothing, so each step
-also teaches them, from captions alone, what an emoji looks like: a linear map of CLIP's vector, and one of T5's mean,
-must give the latents of its plain picture (`Appearance`; not part of the shipped model).
-
     python -m flux_quant.benchmarks.tiny_flux.train --vae build/tiny/vae --out build/tiny/flux --minutes 90
 
 Stops cleanly at any time and resumes from its last checkpoint (one every ten minutes).
@@ -20,150 +16,41 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT, FluxConfig
+from flux_quant.arch import LATENT_SCALE, LATENT_SHIFT
 from flux_quant.benchmarks.tiny_flux.emoji import POSITIONS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
 from flux_quant.benchmarks.tiny_flux.muon import Muon
-from flux_quant.benchmarks.tiny_flux.tokenizers import (
-    CLIP_LENGTH,
-    CLIP_VOCABULARY,
-    T5_LENGTH,
-    T5_VOCABULARY,
-    corpus,
-    train_clip,
-    train_t5,
-)
+from flux_quant.benchmarks.tiny_flux.networks import GRID, Appearance, Bundle, shipped_state
+from flux_quant.benchmarks.tiny_flux.tokenizers import corpus, train_clip, train_t5
 from flux_quant.components import find_components
-from flux_quant.converters.checkpoint import load, open_checkpoint
 from flux_quant.drawing.sampling import Conditioning, Drawing, denoise
 from flux_quant.drawing.schedules import noise_levels
+from flux_quant.generation import choose_device
 from flux_quant.loading import load_vae
-from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
+from flux_quant.model import pack_latents, unpack_latents
 
-GRID = (6, 6)  # 2 x 2 latent patches of a 96-pixel picture
-WIDTH = 128  # of both text encoders
-CONFIG = FluxConfig(
-    in_channels=64,
-    out_channels=64,
-    hidden=256,
-    head_dim=64,
-    mlp=1024,
-    context=WIDTH,
-    pooled=WIDTH,
-    double_blocks=2,
-    single_blocks=5,
-    guidance=True,
-)
-T5_CONFIG = T5Config(
-    vocab_size=T5_VOCABULARY,
-    d_model=WIDTH,
-    d_kv=32,
-    num_heads=4,
-    d_ff=256,
-    num_layers=2,
-    feed_forward_proj="gated-gelu",
-    dropout_rate=0.0,
-    pad_token_id=0,
-    eos_token_id=1,
-    use_cache=False,
-)
-CLIP_CONFIG = CLIPTextConfig(
-    vocab_size=CLIP_VOCABULARY,
-    hidden_size=WIDTH,
-    intermediate_size=2 * WIDTH,
-    num_attention_heads=2,
-    num_hidden_layers=2,
-    max_position_embeddings=CLIP_LENGTH,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=1,
-)
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 GUIDANCE = (1.0, 6.0)
 MUON_RATE = 2.0  # Muon's learning rate in units of Adam's
 SMALL_WEIGHT = 2.0  # of a small emoji's error: it covers half as many patches as a large one, the rest is background
 
 
-class Bundle(nn.Module):
-    """Everything that is trained here: captions and noisy latents in, velocity out."""
-
-    def __init__(self, tokenizers: Path) -> None:
-        super().__init__()
-        self.flux = Flux(CONFIG)
-        self.t5 = T5EncoderModel(T5_CONFIG)
-        self.clip = CLIPTextModel(CLIP_CONFIG)
-        self.tokenizers = (
-            T5Tokenizer.from_pretrained(tokenizers / "t5"),
-            CLIPTokenizer.from_pretrained(tokenizers / "clip"),
-        )
-        zero_outputs(self.flux)
-
-    def __deepcopy__(self, memo: dict) -> "Bundle":
-        raise TypeError("tokenizers do not copy; make a second Bundle and load the state")
-
-    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids for T5 (B, 24) and, padded to the longest only (its pooled output does not see padding), CLIP."""
-        t5, clip = self.tokenizers
-        padded = t5(captions, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt")
-        return padded.input_ids, clip(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """T5 features (B, 24, 128) and the CLIP vector (B, 128)."""
-        t5_ids, clip_ids = self.tokens(captions)
-        return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
-
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], t: Tensor, guidance: Tensor) -> Tensor:
-        return self.flux(x, *text, t, image_ids(*GRID), text_ids(T5_LENGTH), guidance)
-
-
-def shipped_state(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model folder that `export` made, in a Bundle's names."""
-    components = find_components(folder)
-    state = {}
-    for prefix, path in {"flux.": components.transformer, "t5.": components.t5, "clip.": components.clip}.items():
-        with open_checkpoint(path) as reader:
-            state |= {prefix + name.removeprefix("text_model."): load(reader, name) for name in reader.tensors}
-    return state | {"t5.encoder.embed_tokens.weight": state["t5.shared.weight"]}
-
-
-class Appearance(nn.Module):
-    """What the text features should tell linearly: the latents of the emoji, large, upright, on white."""
-
-    def __init__(self, targets: Tensor) -> None:
-        """targets (emoji, 36 * 64), their mean taken away."""
-        super().__init__()
-        self.register_buffer("targets", targets, persistent=False)
-        self.from_t5 = nn.Linear(WIDTH, targets.shape[1])
-        self.from_clip = nn.Linear(WIDTH, targets.shape[1])
-
-    def loss(self, text: tuple[Tensor, Tensor], emoji: Tensor) -> Tensor:
-        wanted = self.targets[emoji]
-        guesses = self.from_t5(text[0].mean(dim=1)), self.from_clip(text[1])
-        return sum((guess - wanted).square().mean() for guess in guesses)
-
-
-def zero_outputs(flux: Flux) -> None:
-    """Start every block as the identity and the output at zero."""
-    for name, module in flux.named_modules():
-        if name.endswith(("mod.lin", "modulation.lin", "adaLN_modulation.1")) or name == "final_layer.linear":
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
 @torch.no_grad()
-def latents_of(world: EmojiWorld, vae: AutoencoderKL, scenes: Sequence[Scene]) -> Tensor:
-    """Packed, normalised latents (scenes, 36, 64) float16."""
+def latents_of(world: EmojiWorld, vae: "AutoencoderKL", scenes: Sequence[Scene]) -> Tensor:
+    """Packed, normalised latents (scenes, 36, 64) float16, on the device of the autoencoder."""
     latents = []
     for start in range(0, len(scenes), 64):
         pictures = np.stack([world.render(scene) for scene in scenes[start : start + 64]])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
-        z = (vae.encode(x).latent_dist.mode() - LATENT_SHIFT) * LATENT_SCALE
+        z = (vae.encode(x.to(vae.device)).latent_dist.mode() - LATENT_SHIFT) * LATENT_SCALE
         latents.append(pack_latents(z).half())
     return torch.cat(latents)
 
@@ -172,9 +59,9 @@ class Trainer:
     """One training run: its state is what a checkpoint holds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, (self.device, _) = args, choose_device(args.device)
         self.world = EmojiWorld()
-        self.vae = (load_vae if args.vae.is_file() else AutoencoderKL.from_pretrained)(args.vae).requires_grad_(False)
+        self.vae = open_vae(args.vae).requires_grad_(False).to(self.device)
         tokenizers = args.out / "tokenizers"
         if args.start_from:
             shutil.copytree(find_components(args.start_from).tokenizers, tokenizers, dirs_exist_ok=True)
@@ -185,15 +72,16 @@ class Trainer:
         self.scenes, self.latents = self.pool()
         small = torch.tensor([scene.size == "small" for scene in self.scenes])
         self.weights = torch.where(small, SMALL_WEIGHT, 1.0)
-        self.weights /= self.weights.mean()
+        self.weights = (self.weights / self.weights.mean()).to(self.device)
         torch.manual_seed(args.seed)
         self.bundle, self.average = Bundle(tokenizers), Bundle(tokenizers).requires_grad_(False)
         if args.start_from:
             self.bundle.load_state_dict(shipped_state(args.start_from))
         self.average.load_state_dict(self.bundle.state_dict())
+        self.bundle.to(self.device), self.average.to(self.device)
         plain = [Scene(e, "large", POSITIONS[0], "white", False, 0) for e in range(len(self.world))]
         targets = latents_of(self.world, self.vae, plain).float().flatten(1)
-        self.appearance = Appearance(targets - targets.mean(dim=0))
+        self.appearance = Appearance((targets - targets.mean(dim=0)).cpu()).to(self.device)
         settings = dict(lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
         matrices = [p for name, p in self.bundle.named_parameters() if "_blocks." in name and p.ndim == 2]
         others = {id(p) for p in self.bundle.parameters()} - {id(p) for p in matrices}
@@ -213,7 +101,7 @@ class Trainer:
     def pool(self) -> tuple[list[Scene], Tensor]:
         path = self.args.out / "pool.pt"
         if path.exists():
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, weights_only=True, map_location=self.device)
             return [Scene(*row) for row in saved["scenes"]], saved["latents"]
         rng = np.random.default_rng(self.args.seed)
         scenes = [self.world.sample(rng) for _ in range(self.args.pool)]
@@ -223,7 +111,7 @@ class Trainer:
         return scenes, latents
 
     def resume(self) -> None:
-        saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True)
+        saved = torch.load(self.args.out / "checkpoint.pt", weights_only=True, map_location=self.device)
         self.bundle.load_state_dict(saved["bundle"])
         self.average.load_state_dict(saved["average"])
         self.appearance.load_state_dict(saved["appearance"])
@@ -256,23 +144,23 @@ class Trainer:
         chosen = self.rng.integers(len(self.scenes), size=n)
         captions = [self.world.random_caption(self.scenes[i], self.rng) for i in chosen]
         captions = ["" if self.rng.random() < 0.1 else caption for caption in captions]
-        rows = torch.from_numpy(chosen)
+        rows = torch.from_numpy(chosen).to(self.device)
         x0 = self.latents[rows].float()
         noise = torch.randn_like(x0)
-        t = shifted_uniform(n)
+        t = shifted_uniform(n, device=self.device)
         x = torch.lerp(x0, noise, t[:, None, None])
         target = noise - x0
-        guidance = torch.empty(n).uniform_(*GUIDANCE)
+        guidance = torch.empty(n, device=self.device).uniform_(*GUIDANCE)
         if self.minutes >= self.args.distill_from * self.args.minutes:
             half = n // 2
             guidance[half:] = 1.0
             target[:half] += self.guided_difference(x[:half], captions[:half], t[:half], guidance[:half])
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             velocity = self.bundle(x, self.bundle.encode(captions), t, guidance)
         loss = ((velocity.float() - target).square().mean(dim=(1, 2)) * self.weights[rows]).mean()
         more = [self.world.sample(self.rng) for _ in range(self.args.captions)]
         text = self.bundle.encode([self.world.random_caption(scene, self.rng) for scene in more])
-        looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more]))
+        looks = self.appearance.loss(text, torch.tensor([scene.emoji for scene in more], device=self.device))
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
@@ -293,7 +181,7 @@ class Trainer:
         """(g - 1) (v(caption) - v(no caption)), by the averaged model at guidance 1."""
         empty = [part.expand(len(x), *part.shape[1:]) for part in self.average.encode([""])]
         text = [torch.cat(pair) for pair in zip(self.average.encode(captions), empty, strict=True)]
-        v = self.average(torch.cat([x, x]), text, torch.cat([t, t]), torch.ones(2 * len(x)))
+        v = self.average(torch.cat([x, x]), text, torch.cat([t, t]), torch.ones(2 * len(x), device=x.device))
         with_caption, without = v.chunk(2)
         return (guidance - 1)[:, None, None] * (with_caption - without)
 
@@ -308,10 +196,11 @@ class Trainer:
             scenes = [Scene(int(e), request.size, position, request.colour, False, 0) for e in chosen]
             text = self.average.encode([self.world.caption(scene) for scene in scenes])
             noise = torch.randn(len(scenes), 36, 64, generator=torch.Generator().manual_seed(7))
-            drawing = Drawing(noise, Conditioning(*text), GRID, noise_levels("euler", 20, 36, guided=True), 2.5)
+            levels = noise_levels("euler", 20, 36, guided=True)
+            drawing = Drawing(noise.to(self.device), Conditioning(*text), GRID, levels, 2.5)
             z = unpack_latents(denoise(self.average.flux, drawing), *GRID)
             pictures = self.vae.decode(z / LATENT_SCALE + LATENT_SHIFT).sample.clamp(-1, 1) / 2 + 0.5
-            verdict = nearest(self.world, pictures, request)
+            verdict = nearest(self.world, pictures.cpu(), request)
             right += (verdict.emoji == torch.from_numpy(chosen)).sum().item()
             psnr += verdict.psnr.tolist()
         return dict(top1=right / (2 * (count // 2)), psnr=float(np.mean(psnr)))
@@ -339,10 +228,19 @@ class Trainer:
         self.save()
 
 
-def shifted_uniform(n: int, mu: float = 0.8) -> Tensor:
+def open_vae(path: Path) -> "AutoencoderKL":
+    """What `train_vae` wrote, or an ae.safetensors."""
+    if path.is_file():
+        return load_vae(path)
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(path)
+
+
+def shifted_uniform(n: int, mu: float = 0.8, device: torch.device | str = "cpu") -> Tensor:
     """n times in 0-1, more of them near 1: FLUX.1's time shift of a uniform variable."""
-    odds = np.exp(mu)
-    u = torch.rand(n).clamp(1e-4, 1 - 1e-4)
+    odds = float(np.exp(mu))
+    u = torch.rand(n, device=device).clamp(1e-4, 1 - 1e-4)
     return odds / (odds + 1 / u - 1)
 
 
@@ -360,7 +258,8 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--pool", type=int, default=60000, help="pictures, encoded once")
     parser.add_argument("--compile", action="store_true", help="torch.compile, about a quarter faster; needs gcc")
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16: for processors with AMX")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: for GPUs, and processors with AMX")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

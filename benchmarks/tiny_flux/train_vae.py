@@ -12,14 +12,18 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from flux_quant.benchmarks.metrics import psnr
 from flux_quant.benchmarks.tiny_flux.emoji import EmojiWorld
+from flux_quant.generation import choose_device
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1's latent constants, which loaders of its VAE have built in
 CONFIG = dict(
@@ -58,7 +62,7 @@ def reconstruction_psnr(vae: nn.Module, pictures: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+def normalise_latents(vae: "AutoencoderKL", pictures: torch.Tensor) -> float:
     """Scale the encoder's output so that SCALE brings it to unit variance, and the decoder's input back. Exact."""
     std = torch.cat([vae.encode(p).latent_dist.mode() for p in pictures.split(32)]).std().item()
     factor = 1 / (std * SCALE)
@@ -78,20 +82,25 @@ def main() -> None:
     parser.add_argument("--decoder-only", action="store_true", help="stage 2: continue the decoder of --out")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    from diffusers import AutoencoderKL
+
+    device, _ = choose_device(args.device)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     world = EmojiWorld()
-    test = batch(world, np.random.default_rng(12345), 256)
+    test = batch(world, np.random.default_rng(12345), 256).to(device)
 
     continued = args.resume or args.decoder_only
     vae = AutoencoderKL(**CONFIG)
     if continued:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.out).state_dict())
+    vae.to(device)
     trained = list((vae.decoder if args.decoder_only else vae).parameters())
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     ema = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
@@ -102,7 +111,7 @@ def main() -> None:
         rate = 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / args.minutes)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (0.01 + 0.99 * rate) * min(1.0, (step + 1) / 100)
-        pictures = batch(world, rng, args.batch)
+        pictures = batch(world, rng, args.batch).to(device)
         with torch.set_grad_enabled(not args.decoder_only):
             posterior = vae.encode(pictures).latent_dist
         latents = posterior.mode() if args.decoder_only else posterior.sample()

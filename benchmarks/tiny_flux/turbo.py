@@ -36,7 +36,7 @@ from flux_quant.converters.lora_write import Factors, kohya, write_lora
 from flux_quant.drawing.sampling import Conditioning
 from flux_quant.drawing.schedules import noise_levels
 from flux_quant.formats import FORMATS
-from flux_quant.generation import Request, encode
+from flux_quant.generation import Request, choose_device, encode
 from flux_quant.kernels import dispatch
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux
@@ -98,18 +98,20 @@ def unpacked(model: Flux) -> Flux:
 
 def velocity(model: Flux, x: Tensor, text: Conditioning, level: Tensor, guidance: Tensor) -> Tensor:
     """x (B, TOKENS, CHANNELS), level and guidance (B,)."""
-    return model(x, *text, level, image_ids(*GRID), text_ids(text.txt.shape[1]), guidance)
+    ids = image_ids(*GRID, device=x.device), text_ids(text.txt.shape[1], device=x.device)
+    return model(x, *text, level, *ids, guidance)
 
 
 def flow(model: Flux, x: Tensor, text: Conditioning, guidance: Tensor, sigmas: list[float]) -> Iterator[Tensor]:
     """The state at every level after the first, by Euler steps. Unlike `denoise`: gradients, guidance by picture."""
     for now, after in zip(sigmas, sigmas[1:], strict=False):
-        x = x + (after - now) * velocity(model, x, text, torch.full((len(x),), now), guidance)
+        x = x + (after - now) * velocity(model, x, text, torch.full((len(x),), now, device=x.device), guidance)
         yield x
 
 
 @torch.no_grad()
 def piece(model: Flux, components: Components, world: EmojiWorld, seed: int) -> Trajectories:
+    """On the device of the model."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     captions = [world.random_caption(world.sample(rng), rng) for _ in range(PIECE)]
     features = encode(components, [Request(caption, size=(96, 96)) for caption in captions], guided=True)
@@ -117,6 +119,8 @@ def piece(model: Flux, components: Components, world: EmojiWorld, seed: int) -> 
     guidance = torch.full((PIECE,), GUIDANCE)
     guidance[PIECE // 2 :].uniform_(*RANGE, generator=generator)
     noise = torch.randn(PIECE, TOKENS, CHANNELS, generator=generator)
+    device = model.img_in.bias.device
+    text, guidance, noise = Conditioning(*(x.to(device) for x in text)), guidance.to(device), noise.to(device)
     passed = list(flow(model, noise, text, guidance, levels(FINE)))
     return Trajectories(*text, guidance, torch.stack([noise, *passed[FINE // STEPS - 1 :: FINE // STEPS]], dim=1))
 
@@ -130,7 +134,7 @@ def trajectories(model: Flux, components: Components, out: Path, kind: str, piec
             print(f"teacher, {kind}: {i * PIECE} of {pieces * PIECE} trajectories", file=sys.stderr, flush=True)
             torch.save(vars(piece(model, components, world, SEEDS[kind] + i)), path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-        found.append(torch.load(path, weights_only=True))
+        found.append(torch.load(path, weights_only=True, map_location=model.img_in.bias.device))
     return Trajectories(*(torch.cat([part[name] for part in found]) for name in found[0]))
 
 
@@ -147,8 +151,8 @@ def fresh(model: Flux, rank: int) -> Lora:
 
 def single_steps(model: Flux, data: Trajectories, rows: Tensor, places: Tensor) -> Tensor:
     """(B,) error of the next state, from the teacher's states at these places of their trajectories."""
-    chosen, sigmas = data[rows], torch.tensor(levels(STEPS))
-    now, after = (chosen.states[torch.arange(len(rows)), at] for at in (places, places + 1))
+    chosen, sigmas = data[rows], torch.tensor(levels(STEPS), device=rows.device)
+    now, after = (chosen.states[torch.arange(len(rows), device=rows.device), at] for at in (places, places + 1))
     step = (sigmas[places + 1] - sigmas[places])[:, None, None]
     found = now + step * velocity(model, now, chosen.text, sigmas[places], chosen.guidance)
     return (found - after).square().mean(dim=(1, 2))
@@ -173,11 +177,13 @@ class Training:
     def __init__(self, model: Flux, data: Trajectories, choosing: Trajectories, args: argparse.Namespace) -> None:
         self.model, self.data, self.choosing, self.args = model, data, choosing, args
         self.applied = apply_(model, [(fresh(model, args.rank), 1.0)])
+        for _, path in self.applied.paths.values():
+            path.move_(lambda tensor: tensor.to(model.img_in.bias.device))
         self.parameters = [t.requires_grad_() for _, path in self.applied.paths.values() for t in path.tensors]
         self.generator = torch.Generator().manual_seed(1)
 
     def drawn(self, most: int, count: int) -> Tensor:
-        return torch.randint(most, (count,), generator=self.generator)
+        return torch.randint(most, (count,), generator=self.generator).to(self.data.guidance.device)
 
     def part1(self) -> Tensor:
         rows, places = self.drawn(len(self.data), self.args.batch), self.drawn(STEPS, self.args.batch)
@@ -190,7 +196,9 @@ class Training:
     @torch.no_grad()
     def check(self) -> float:
         """Mean over trajectories that are not learned from: dB of the last state against the teacher's."""
-        errors = own_path(self.model, self.choosing, torch.arange(len(self.choosing)))[-1]
+        errors = own_path(
+            self.model, self.choosing, torch.arange(len(self.choosing), device=self.data.guidance.device)
+        )[-1]
         return float((-10 * errors.log10()).mean())
 
     def learn(self, name: str, loss: Callable[[], Tensor], minutes: float, highest: float) -> Path:
@@ -225,7 +233,8 @@ class Training:
             print(line, file=log)
 
     def save(self, name: str) -> Path:
-        factors = {name: Factors(path.down, path.ups[0].weight) for name, (_, path) in self.applied.paths.items()}
+        paths = {name: path for name, (_, path) in self.applied.paths.items()}
+        factors = {name: Factors(path.down.cpu(), path.ups[0].weight.cpu()) for name, path in paths.items()}
         path = self.args.out / f"{name}.safetensors"
         write_lora(path, kohya(factors, {}), "bf16", METADATA, force=True)
         return path
@@ -242,13 +251,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32, help="steps that part 1 learns from at a time")
     parser.add_argument("--paths", type=int, default=8, help="paths of 8 steps that part 2 learns from at a time")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     components = find_components(BUNDLED)
-    model = unpacked(load_flux(components.transformer))
+    model = unpacked(load_flux(components.transformer)).to(choose_device(args.device)[0])
     data, choosing = (
         trajectories(model, components, args.out, kind, pieces)
         for kind, pieces in (("training", args.pieces), ("choosing", 1))
