@@ -8,7 +8,7 @@ Letters: B batch, S image tokens, T text tokens, L = T + S, D hidden width, H he
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from flux_quant.arch import FluxConfig
 from flux_quant.kernels import fused
 
 TIME_CHANNELS = 256
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what they attend to, all of them (B, H, L, C)
+ATTENTION: Attention = F.scaled_dot_product_attention
 
 
 class Modulation(NamedTuple):
@@ -156,12 +159,14 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{stream}_attn", StreamAttention(config))
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Steering, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = ATTENTION
+    ) -> tuple[Tensor, Tensor]:
         """img (B, S, D), txt (B, T, D), vec (B, D) or its rows -> img, txt."""
         img_mod, img_mod2 = self.img_mod(vec)
         txt_mod, txt_mod2 = self.txt_mod(vec)
         streams = [self.txt_attn.project(modulate(txt, txt_mod)), self.img_attn.project(modulate(img, img_mod))]
-        y = F.scaled_dot_product_attention(*fused.heads(streams, cos, sin)).transpose(1, 2).flatten(2)
+        y = attention(*fused.heads(streams, cos, sin)).transpose(1, 2).flatten(2)
         txt_y, img_y = y.split([txt.shape[1], img.shape[1]], dim=1)
         img = fused.gated_sum(img, img_mod.gate, self.img_attn.proj(img_y))
         img = fused.gated_sum(img, img_mod2.gate, self.img_mlp(modulate(img, img_mod2)))
@@ -179,12 +184,12 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(config.hidden + config.mlp, config.hidden)  # columns attention | mlp
         self.norm = QKNorm(config.head_dim)
 
-    def forward(self, x: Tensor, vec: Steering, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = ATTENTION) -> Tensor:
         """x (B, L, D), vec (B, D) or its rows -> (B, L, D)."""
         (mod,) = self.modulation(vec)
         wide = self.linear1(modulate(x, mod))
         stream = wide[..., : 3 * self.hidden], *self.norm.scales
-        y = F.scaled_dot_product_attention(*fused.heads([stream], cos, sin))
+        y = attention(*fused.heads([stream], cos, sin))
         y = fused.beside_gelu(y, wide).flatten(0, 1)  # a matrix even if its rows lie apart: takes the shortest way
         return fused.gated_sum(x, mod.gate, self.linear2(y).unflatten(0, x.shape[:2]))
 
@@ -235,24 +240,25 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         steering: Steering | None = None,
         residuals: Residuals = NO_RESIDUALS,
+        attention: Attention = ATTENTION,
     ) -> Tensor:
         """The velocity, (B, S, channels out).
 
         img (B, S, channels in) packed latents; txt (B, T, context) T5 features; pooled (B, pooled) CLIP vector;
         timestep (B,) from 1 (noise) to 0; ids (S, 3) and (T, 3) positions; guidance (B,) scale, for guided models.
         With `steering`, the vector or what the modulations make of it, pooled, timestep and guidance are not used.
-        residuals: for every block of a kind, or for none of it.
+        residuals: for every block of a kind, or for none of it. attention: of all blocks.
         """
         vec = self.steering(pooled, timestep, guidance, img.dtype) if steering is None else steering
         cos, sin = rotary_angles(torch.cat([txt_ids, img_ids]), self.config.rope_axes)
         img, txt = self.img_in(img), self.txt_in(txt)
         for i, block in enumerate(self.double_blocks):
-            img, txt = block(img, txt, vec, cos, sin)
+            img, txt = block(img, txt, vec, cos, sin, attention)
             if residuals.double:
                 img = plus(img, residuals.double[i])
         x = torch.cat([txt, img], dim=1)
         for i, block in enumerate(self.single_blocks):
-            x = block(x, vec, cos, sin)
+            x = block(x, vec, cos, sin, attention)
             if residuals.single:
                 x[:, txt.shape[1] :] = plus(x[:, txt.shape[1] :], residuals.single[i])
         return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -155,6 +155,16 @@ class Executor:
         return self.wrappers[0](lambda *a, **k: self.function(*a, **k), *args, **kwargs)
 
 
+def optimized_attention(q, k, v, heads, mask=None, skip_reshape=False, **options) -> Tensor:
+    """(B, H, L, C) each -> (B, L, H C), or what a node has put in its place makes of the same arguments."""
+    override = options.get("transformer_options", {}).get("optimized_attention_override")
+    if override and not options.get("_inside_attn_wrapper"):
+        more = options | {"mask": mask, "skip_reshape": skip_reshape, "_inside_attn_wrapper": True}
+        return override(optimized_attention, q, k, v, heads, **more)
+    assert skip_reshape and mask is None and q.shape[1] == heads
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class Bar:
     seen: list[tuple[int, int]] = []
 
@@ -194,6 +204,8 @@ def modules(models: Path, devices: SimpleNamespace) -> dict[str, types.ModuleTyp
         "comfy": {},
         "comfy.ldm": {},
         "comfy.ldm.common_dit": dict(pad_to_patch_size=pad),
+        "comfy.ldm.modules": {},
+        "comfy.ldm.modules.attention": dict(optimized_attention=optimized_attention),
         "comfy.model_base": dict(Flux=FluxBase, ModelType=ModelType),
         "comfy.model_detection": dict(model_config_from_unet=lambda state, prefix: Config(state)),
         "comfy.model_management": dict(

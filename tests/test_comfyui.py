@@ -115,11 +115,47 @@ def test_references_lie_where_they_are_put(comfy):
     )
 
 
+def overridden(seen: list, scale: float = 1.0) -> dict:
+    """Options of a model whose attention a node has chosen: ComfyUI's own, times `scale`."""
+
+    def override(func, *args, **options):
+        where = options["transformer_options"]
+        seen.append((where["block_type"], where["block_index"], where["total_blocks"], where["of a node"]))
+        return scale * func(*args, **options)
+
+    return {"optimized_attention_override": override, "of a node": 7}
+
+
+def test_an_attention_that_a_node_chooses(comfy):
+    model, seen = loaded(comfy), []
+    config, plain = model.seat.engine.config, drawn(model)
+    options = overridden(seen)
+    assert apart(drawn(model, transformer_options=options), plain) < 1e-5
+    blocks = {"double": config.double_blocks, "single": config.single_blocks}
+    assert seen == [(kind, i, count, 7) for kind, count in blocks.items() for i in range(count)]
+    assert set(options) == {"optimized_attention_override", "of a node"}, "the node's options are its own"
+    assert apart(drawn(model, transformer_options=overridden([], 0.5)), plain) > 0.01
+    assert torch.equal(drawn(model), plain), "the next picture without the node is as before"
+
+
+def test_an_attention_of_a_nodes_own_shape(comfy):
+    """Laid out in memory as it likes, in one piece or not."""
+    model = loaded(comfy)
+
+    def override(func, q, k, v, heads, **options):
+        out = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
+        return out.permute(1, 3, 2, 0).contiguous().permute(3, 2, 0, 1).flatten(2)
+
+    given = {"optimized_attention_override": override}
+    assert apart(drawn(model, transformer_options=given), drawn(model)) < 1e-5
+
+
 REFUSED = {
     "patches of blocks": (
         dict(transformer_options={"patches_replace": {"dit": {("double_block", 0): print}}}),
         "double_block",
     ),
+    "patches of attention": (dict(transformer_options={"patches": {"attn1_patch": [print]}}), "attn1_patch"),
     "patches of inputs": (dict(transformer_options={"patches": {"post_input": [print]}}), "post_input"),
     "a mask": (dict(attention_mask=torch.ones(1, 1)), "attention mask"),
     "no guidance": (dict(guidance=None), "FluxDisableGuidance"),

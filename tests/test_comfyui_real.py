@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_checkout import (
+    BOUND,
     SMALL,
     apart,
     close,
@@ -234,6 +235,27 @@ def test_lora(comfyui, loras, count):
 def test_comfyuis_own_lora_node_is_refused(comfyui, loras):
     with pytest.raises(UserError, match="Apply LoRA"):
         with_loras(comfyui, ours(comfyui), loras, "LoraLoaderModelOnly")
+
+
+def attention_of_a_node(seen: list):
+    """Sharper than ComfyUI's, to be told from it."""
+
+    def override(func, q, k, v, heads, **options):
+        seen.append((options["skip_reshape"], q.shape[1] == heads))
+        return func(1.5 * q, k, v, heads, **options)
+
+    return override
+
+
+def test_an_attention_that_a_node_chooses(comfyui):
+    """Both models answer it alike, and differently from the picture without it."""
+    found, seen = [], []
+    for model in (ours(comfyui), theirs(comfyui)):
+        chosen = model.clone()
+        chosen.model_options["transformer_options"]["optimized_attention_override"] = attention_of_a_node(seen)
+        found.append(sampled(comfyui, chosen))
+        assert apart(found[-1], sampled(comfyui, model)) > 0.01
+    assert apart(*found) < BOUND and set(seen) == {(True, True)}
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ without it.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.ldm.common_dit
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from flux_quant.errors import UserError
 from flux_quant.frontends.comfyui.places import GRID, reference_places, token_ids
 from flux_quant.frontends.comfyui.seat import Seat
-from flux_quant.model import Residuals, pack_latents, text_ids, unpack_latents
+from flux_quant.model import ATTENTION, Attention, Residuals, pack_latents, text_ids, unpack_latents
 from flux_quant.modulation import Call
+
+OVERRIDE = "optimized_attention_override"  # looked up by ComfyUI's `wrap_attn`, around each of its attentions
 
 
 class Transformer(nn.Module):
@@ -30,8 +34,11 @@ class Transformer(nn.Module):
         self.seat, self.dtype, self.patch_size = seat, dtype, GRID
         config = seat.engine.config
         self.in_channels, self.out_channels = config.in_channels, config.out_channels
-        for block in (*seat.engine.double_blocks, *seat.engine.single_blocks):
-            block.register_forward_pre_hook(stop_if_asked)
+        self.place: dict[str, Any] = {}  # of the block that runs, in the words that ComfyUI has for it
+        for kind, blocks in (("double", seat.engine.double_blocks), ("single", seat.engine.single_blocks)):
+            for i, block in enumerate(blocks):
+                place = {"block_type": kind, "block_index": i, "total_blocks": len(blocks)}
+                block.register_forward_pre_hook(partial(begins, self.place, place))
 
     @property
     def img_in(self) -> nn.Linear:
@@ -91,14 +98,29 @@ class Transformer(nn.Module):
             (ids.to(x.device), text_ids(context.shape[1], device=x.device)),
             residuals(control, config.double_blocks, config.single_blocks, img),
             lambda: ahead(call, transformer_options.get("sample_sigmas")),
+            self.attention(transformer_options),
         )
         rows, columns = (height + 1) // GRID, (width + 1) // GRID
         return unpack_latents(out[:, :drawn], rows, columns)[:, :, :height, :width]
 
+    def attention(self, options: Mapping[str, Any]) -> Attention:
+        """The one that a node has chosen, called as by ComfyUI's own FLUX model; the engine's own without one."""
+        if OVERRIDE not in options:
+            return ATTENTION
 
-def stop_if_asked(*_: object) -> None:
-    """Between two blocks: a step on a slow machine is not waited for."""
+        def chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """(B, H, L, C) each; ComfyUI gives (B, L, H C)."""
+            heads, here = q.shape[1], {**options, **self.place}
+            out = optimized_attention(q, k, v, heads, skip_reshape=True, mask=None, transformer_options=here)
+            return out.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        return chosen
+
+
+def begins(now: dict[str, Any], place: Mapping[str, Any], *_: object) -> None:
+    """Before a block: a step on a slow machine is not waited for."""
     throw_exception_if_processing_interrupted()
+    now.update(place)
 
 
 def check_options(options: Mapping[str, Any], more: Mapping[str, Any]) -> None:
