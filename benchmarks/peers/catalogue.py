@@ -27,6 +27,7 @@ PEERS = {
     for peer in (
         Peer("flux_quant", "ours", "flux_quant", "ours"),
         Peer("torch", "a dense product, weights unpacked", "torch", "dense"),
+        Peer("torch chain", "weights unpacked by torch operations at every call, compiled or not", "torch", "chain"),
         Peer("diffusers", "GGUF layers of diffusers, unpacked by torch at every call", "diffusers", "diffusers_gguf"),
         Peer("gguf", "llama.cpp's Python package: its quantizers in numpy", "gguf", "gguf_py"),
         Peer("libgguf", "ggml's own quantizers in C behind a Python package", "libgguf", "ggml"),
@@ -47,7 +48,7 @@ PEERS = {
             "streams blocks from RAM, quantizes with optimum-quanto",
             "mmgp",
             packages=("mmgp",),
-            refusal=NO_DEVICE + "; its layers are optimum-quanto's, which have rows of their own",
+            refusal=NO_DEVICE,
         ),
         Peer("accelerate", "layer by layer from RAM, `cpu_offload`", "accelerate", refusal=NO_DEVICE),
         Peer("diffusers group offload", "blocks or layers from RAM, with streams", "diffusers", refusal=NO_DEVICE),

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,48 +14,71 @@ from statistics import median
 import torch
 
 from flux_quant.benchmarks.bench.record import OURS, Row, Scalar
+from flux_quant.benchmarks.bench.runner import LACK
 from flux_quant.benchmarks.bench.suite import Case
 from flux_quant.benchmarks.peers.catalogue import PEERS, Peer
 from flux_quant.benchmarks.peers.environments import installed, interpreter
+from flux_quant.errors import UserError
 
 HERE = Path(__file__).parent
 RERUN = "flux-quant bench peers"
-RATIOS = {"seconds": "times_ours", "cpu_seconds": "cpu_times_ours"}  # by the clock; of the processor, if others use it
+RATIOS = {  # by the clock; of the processor, if others use it; of the device by itself
+    "seconds": "times_ours",
+    "cpu_seconds": "cpu_times_ours",
+    "device_seconds": "device_times_ours",
+}
 COMPLAINTS = ("wrong shape", "not in model file", "GGML_ASSERT")
-LONGEST = 600.0  # seconds that a worker may take for an answer
+LONGEST = {"cpu": 600.0, "cuda": 60.0}  # seconds that a worker may take for an answer; a GPU is not held for longer
+TOGETHER = 2.0  # seconds of a first turn where everybody has prepared before
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # nobody asks the network; many compile at once
 
 
 class Worker:
     """A process of `worker.py` in `python`. RuntimeError with what it said when it cannot do its task."""
 
-    def __init__(self, python: str, peer: Peer, task: dict, threads: int, log: Path) -> None:
+    def __init__(self, python: str, peer: Peer, threads: int, log: Path, longest: float = LONGEST["cpu"]) -> None:
         command = [python, "-I", str(HERE / "worker.py"), str(HERE / "runners" / f"{peer.runner}.py"), str(threads)]
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        environment = {**os.environ, **dict.fromkeys(names, str(threads))}
-        self.log = log
+        environment = {**os.environ, **OFFLINE, **dict.fromkeys(names, str(threads))}
+        self.peer, self.log, self.longest = peer, log, longest
+        self.started: dict = {}
+        self.lost = False  # it has said why, or nothing more
         with log.open("w") as errors:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
             self.process = subprocess.Popen(command, env=environment, **pipes)
-        try:
-            self.started = self.say(json.dumps({**task, "distribution": peer.distribution}))
-        except BaseException:
-            self.close()
-            raise
+
+    def begin(self, task: dict) -> None:
+        """It prepares its task from now on; `ready` waits for that."""
+        self.tell(json.dumps({**task, "distribution": self.peer.distribution}))
+
+    def ready(self) -> None:
+        self.started = self.hear()
 
     def say(self, line: str) -> dict:
         """One line there, one line back."""
-        timer = threading.Timer(LONGEST, self.process.kill)
-        timer.start()
-        try:
+        self.tell(line)
+        return self.hear()
+
+    def tell(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # it has ended, and `hear` says so
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
+
+    def hear(self) -> dict:
+        late = threading.Event()
+        timer = threading.Timer(self.longest, lambda: (late.set(), self.process.kill()))
+        timer.start()
+        try:
             heard = self.process.stdout.readline()
-        except BrokenPipeError:
-            heard = ""
         finally:
             timer.cancel()
-        answer = json.loads(heard) if heard else {"error": f"ended with code {self.process.wait()}"}
+        if heard:
+            answer = json.loads(heard)
+        else:
+            code = self.process.wait()
+            answer = {"error": f"took longer than {self.longest:.0f} s" if late.is_set() else f"ended with code {code}"}
         if "error" in answer:
+            self.lost = True
             raise RuntimeError("; its log: ".join(filter(None, (answer["error"], self.complaint()))))
         return answer
 
@@ -63,14 +87,55 @@ class Worker:
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line.strip()[:200] for line in lines if any(word in line for word in COMPLAINTS)), "")
 
+    def end(self) -> None:
+        """It comes to its end from now on; `close` waits for that."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
     def close(self) -> None:
-        self.process.stdin.close()
+        self.end()
         try:
-            self.process.wait(10)
+            self.process.wait(1 if self.lost else 10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class Crew:
+    """Processes that contests share, one for each way of doing the work: they begin, and load what they need, once.
+
+    They end with the last of the contests, whether it was held or not.
+    """
+
+    def __init__(self) -> None:
+        self.contests: set[Contest] = set()
+        self.workers: dict[tuple[str, str], Worker] = {}
+        self.folder: tempfile.TemporaryDirectory | None = None
+
+    def worker(self, entry: "Entry", python: str, longest: float) -> Worker:
+        """A process that lives; another one where the last was lost."""
+        key = (entry.peer, json.dumps(entry.task, sort_keys=True))
+        if key in self.workers and self.workers[key].lost:
+            self.workers.pop(key).close()
+        if key not in self.workers:
+            self.folder = self.folder or tempfile.TemporaryDirectory(prefix="flux-quant-logs-")
+            log = Path(self.folder.name) / f"{len(os.listdir(self.folder.name))}.log"
+            self.workers[key] = Worker(python, PEERS[entry.peer], torch.get_num_threads(), log, longest)
+        return self.workers[key]
+
+    def leave(self, contest: "Contest") -> None:
+        self.contests.discard(contest)
+        if self.contests:
+            return
+        for worker in self.workers.values():
+            worker.end()
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
 
 
 @dataclass
@@ -84,6 +149,7 @@ class Entry:
     against: str = ""
     note: str = ""
     worker: Worker | None = None
+    refusal: Exception | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
     found: dict = field(default_factory=dict)
 
@@ -98,6 +164,8 @@ class Contest:
 
     material: makes the files in a folder and gives what tasks share, among it `kind`
     judge:    of an entry's `out`, against the material
+    needs:    seconds of a first turn. Of a `crew`, the first of all: there everybody prepares at once, then they turn
+    crew:     of other contests too, for devices where memory is counted by the device; else each has its own processes
     """
 
     def __init__(
@@ -107,8 +175,11 @@ class Contest:
         material: Callable[[Path], dict],
         judge: Callable[[dict, Entry, Path], dict[str, Scalar]],
         needs: float,
+        crew: Crew | None = None,
     ) -> None:
         self.what, self.entries, self.material, self.judge, self.needs = what, entries, material, judge, needs
+        self.together, self.crew = crew is not None, crew or Crew()
+        self.crew.contests.add(self)
         self.folder: tempfile.TemporaryDirectory | None = None
         self.shared: dict = {}
 
@@ -122,7 +193,7 @@ class Contest:
                 what={**self.what, **entry.what},
                 work=lambda entry=entry: self.turn(entry),
                 subject=subject_of(PEERS[entry.peer]),
-                needs=self.needs,
+                needs=TOGETHER if self.together and entry is not entries[0] else self.needs,
                 group=group,
                 close=self.close,
             )
@@ -131,9 +202,9 @@ class Contest:
 
     def turn(self, entry: Entry) -> Row:
         """One sample of one entry; its first turn begins with a warm-up and ends with a look at what it made."""
-        first = entry.worker is None
-        if first:
-            self.start(entry)
+        self.start(entry)
+        first = not entry.samples
+        if first and not self.together:
             entry.worker.say("once")
         sample = entry.worker.say("once")
         for kind, seconds in sample.items():
@@ -141,17 +212,38 @@ class Contest:
         if first:
             entry.found = entry.worker.say("found")
             entry.found |= self.judge(self.shared, entry, Path(self.out(entry)))
-        values = {name: value for name, value in entry.found.items() if name != "peak"}
+        values = {name: value for name, value in entry.found.items() if name != "memory"}
         ours = next((other for other in self.entries if other.name == entry.against and other.samples), None)
         for kind, ratio in RATIOS.items() if ours is not None else ():
             if entry.samples.get(kind) and ours.samples.get(kind):
                 values[ratio] = median(entry.samples[kind]) / median(ours.samples[kind])
-        values["begun_bytes"] = entry.worker.started["begun"]
-        memory = {"host_rss": entry.found["peak"]}
+        if not self.together:
+            values["begun_bytes"] = entry.worker.started["begun"]
         samples = {kind: [seconds] for kind, seconds in sample.items()}
+        memory = dict(entry.found["memory"])
         return Row(samples=samples, values=values, memory=memory, note=entry.note, rerun=RERUN)
 
     def start(self, entry: Entry) -> None:
+        """Those who work together begin together, so that nobody prepares while another is measured."""
+        if self.together and not self.shared and entry is not self.entries[0]:
+            raise RuntimeError(f"{LACK} to begin")
+        beginners = self.entries if self.together and not self.shared else [entry]
+        for one in beginners:
+            if one.worker is None and one.refusal is None:
+                self.attempt(one, self.begin)
+        for one in beginners:
+            if one.worker is not None and not one.worker.started and one.refusal is None:
+                self.attempt(one, lambda one: one.worker.ready())
+        if entry.refusal is not None:
+            raise entry.refusal
+
+    def attempt(self, entry: Entry, work: Callable[[Entry], None]) -> None:
+        try:
+            work(entry)
+        except (RuntimeError, UserError, OSError) as error:
+            entry.refusal = error
+
+    def begin(self, entry: Entry) -> None:
         peer = PEERS[entry.peer]
         if not peer.runner:
             raise RuntimeError(peer.refusal)
@@ -159,18 +251,19 @@ class Contest:
         if self.folder is None:
             self.folder = tempfile.TemporaryDirectory(prefix="flux-quant-peers-")
             self.shared = self.material(Path(self.folder.name))
-        task = {**self.shared, **entry.task, "out": self.out(entry)}
-        log = Path(self.folder.name) / f"{self.entries.index(entry)}.log"
-        entry.worker = Worker(python, peer, task, torch.get_num_threads(), log)
+        device = torch.device(self.shared.get("device", "cpu")).type
+        entry.worker = self.crew.worker(entry, python, LONGEST.get(device, LONGEST["cpu"]))
+        entry.worker.started = {}
+        entry.worker.begin({**self.shared, **entry.task, "out": self.out(entry)})
 
     def out(self, entry: Entry) -> str:
         return str(Path(self.folder.name) / f"{self.entries.index(entry)}.out")
 
     def close(self) -> None:
+        self.crew.leave(self)
         for entry in self.entries:
-            if entry.worker is not None:
-                entry.worker.close()
-                entry.worker, entry.samples, entry.found = None, {}, {}
+            entry.worker, entry.refusal, entry.samples, entry.found = None, None, {}, {}
+        self.shared = {}
         if self.folder is not None:
             self.folder.cleanup()
             self.folder = None

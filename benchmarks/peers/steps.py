@@ -16,7 +16,7 @@ from flux_quant.benchmarks.bench.models import full_size
 from flux_quant.benchmarks.bench.record import OURS, Scalar
 from flux_quant.benchmarks.offloaders import diffusers_config
 from flux_quant.benchmarks.peers import sdcpp_files
-from flux_quant.benchmarks.peers.contest import Contest, Entry
+from flux_quant.benchmarks.peers.contest import Contest, Crew, Entry
 from flux_quant.benchmarks.random_weights import write_random
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.checkpoint import open_checkpoint
@@ -28,6 +28,7 @@ from flux_quant.model import unpack_latents
 BLOCKS = (1, 1)
 FORMATS = ("q8_0", "q4_k")  # that are there to be asked for; the first one is measured without asking
 SIDE, SEED, GUIDANCE = 64, 7, 3.5
+ON_CUDA = 1024  # the side there: the device shall have something to do
 FAR = 3.0  # latents beyond it are not read off a picture: the autoencoder flattens them
 SHIPPED_WORDS = 64
 SHIPPED, WIDE = "shipped", f"3072 wide, {BLOCKS[0]} + {BLOCKS[1]} blocks, random"
@@ -36,6 +37,11 @@ FROM_DISK = "BF16 source packed to FP8 by each; blocks are read from disk at eve
 
 
 def contests(device: str, small: bool, formats: tuple[str, ...]) -> list[Contest]:
+    """On CUDA only what there are others for: those who read GGUF at FLUX.1's width."""
+    if device == "cuda":
+        crew = Crew()
+        names = [name for name in FORMATS if name in (formats or FORMATS)]
+        return [] if small else [wide(name, device, crew) for name in names]
     found = [shipped(device), from_disk(device, SHIPPED)]
     if not small:
         found += [wide(name, device) for name in FORMATS if name in (formats or FORMATS[:1])]
@@ -45,8 +51,13 @@ def contests(device: str, small: bool, formats: tuple[str, ...]) -> list[Contest
 
 def common(device: str, words: int) -> dict:
     dtype = "bfloat16" if device == "cuda" else "float32"
-    picture = {"width": SIDE, "height": SIDE, "seed": SEED, "words": words, "guidance": GUIDANCE}
+    side = side_of(device)
+    picture = {"width": side, "height": side, "seed": SEED, "words": words, "guidance": GUIDANCE}
     return {"kind": "step", "device": device, "dtype": dtype, **picture}
+
+
+def side_of(device: str) -> int:
+    return ON_CUDA if device == "cuda" else SIDE
 
 
 def readers(name: str) -> list[Entry]:
@@ -59,7 +70,10 @@ def readers(name: str) -> list[Entry]:
     ]
 
 
-def for_sdcpp(folder: Path) -> dict:
+def for_sdcpp(folder: Path, device: str) -> dict:
+    """Nothing where its runner refuses."""
+    if device == "cuda":
+        return {}
     sdcpp_files.write_clip(folder / "clip.gguf")
     sdcpp_files.write_autoencoder(folder / "autoencoder.safetensors")
     return {"clip": str(folder / "clip.gguf"), "autoencoder": str(folder / "autoencoder.safetensors")}
@@ -71,16 +85,17 @@ def write_config(config: FluxConfig, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content) + "\n")
 
 
-def wide(name: str, device: str) -> Contest:
+def wide(name: str, device: str, crew: Crew | None = None) -> Contest:
     def material(folder: Path) -> dict:
         config = full_size(*BLOCKS)
         write_random(folder / "flux.gguf", config, name)
         write_config(config, folder)
-        files = {"model": str(folder / "flux.gguf"), "config": str(folder), **for_sdcpp(folder)}
+        files = {"model": str(folder / "flux.gguf"), "config": str(folder), **for_sdcpp(folder, device)}
         return common(device, sdcpp_files.WORDS) | files
 
-    what = {"work": "step", "model": WIDE, "size": f"{SIDE}x{SIDE}"}
-    return Contest(what, readers(name), material, judge, needs=20.0)
+    side = side_of(device)
+    what = {"work": "step", "model": WIDE, "size": f"{side}x{side}"}
+    return Contest(what, readers(name), material, judge, needs=20.0, crew=crew)
 
 
 def shipped(device: str) -> Contest:
@@ -88,7 +103,7 @@ def shipped(device: str) -> Contest:
         source, config = shipped_model()
         run(make_plan(Conversion(source, folder / "flux.gguf", "q8_0", force=True)))
         write_config(config, folder)
-        files = {"model": str(folder / "flux.gguf"), "config": str(folder), **for_sdcpp(folder)}
+        files = {"model": str(folder / "flux.gguf"), "config": str(folder), **for_sdcpp(folder, device)}
         return common(device, SHIPPED_WORDS) | files
 
     what = {"work": "step", "model": SHIPPED, "size": f"{SIDE}x{SIDE}"}

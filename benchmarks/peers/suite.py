@@ -1,7 +1,8 @@
 """The suite `peers`: other programs on the same work, in the same run, in turns with ours.
 
 What is not installed is a skipped row that says how to install it; see `environments`. With everything of the present
-environment alone (diffusers, gguf, libgguf) it takes less than four minutes.
+environment alone (diffusers, gguf, libgguf) it takes less than four minutes. Cases come in the order of their weight,
+for runs that have less time than all of them take; on a GPU that is layers, steps, offloaders, and conversions last.
 """
 
 import json
@@ -14,12 +15,13 @@ from flux_quant.benchmarks.bench.record import Row
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
 from flux_quant.benchmarks.peers import conversions, linears, steps
 from flux_quant.benchmarks.peers.catalogue import PEERS
-from flux_quant.benchmarks.peers.contest import subject_of
+from flux_quant.benchmarks.peers.contest import Contest, subject_of
 
 OFFLOADERS = {  # of `benchmarks.offloaders`: its name of a way -> the peer
-    "accelerate cpu_offload": "accelerate",
-    "diffusers group offloading, block": "diffusers group offload",
     "diffusers group offloading, leaf": "diffusers group offload",
+    "diffusers group offloading, block": "diffusers group offload",
+    "accelerate cpu_offload": "accelerate",
+    "mmgp profile": "mmgp",
 }
 WAY_SECONDS = 100.0
 TYPES = {recipe: name for name, recipe in conversions.FORMATS.items()}
@@ -29,24 +31,28 @@ def cases(asked: Asked) -> Iterator[Case]:
     """asked.model or --random: FLUX.1's width for conversions too. Formats choose among steps and conversions."""
     wide = asked.random or asked.model is not None
     formats = tuple(TYPES.get(name, name) for name in asked.formats)
-    groups = [*linears.contests(asked.device, asked.quick), *steps.contests(asked.device, asked.quick, formats)]
-    for contest in (*groups, *conversions.contests(asked.quick, wide)):
+    layers = linears.contests(asked.device, asked.quick)
+    for contest in in_order(layers, steps.contests(asked.device, asked.quick, formats), asked.device):
         yield from (case for case in contest.cases() if wanted(case, formats))
-    for way, name in OFFLOADERS.items():
-        what = {"work": "offload", "way": way}
-        yield Case(what, partial(offloaded, way, asked.device), subject_of(PEERS[name]), needs=WAY_SECONDS)
-    what = {"work": "offload", "way": "mmgp profile"}
-    yield Case(what, partial(refused, "mmgp", asked.device), subject_of(PEERS["mmgp"]))
+    files = (case for contest in conversions.contests(asked.quick, wide) for case in contest.cases())
+    converted = [case for case in files if wanted(case, formats)]
+    streamed = [offload(way, name, asked.device) for way, name in OFFLOADERS.items()]
+    yield from (*streamed, *converted) if asked.device == "cuda" else (*converted, *streamed)
+
+
+def offload(way: str, name: str, device: str) -> Case:
+    what = {"work": "offload", "way": way}
+    return Case(what, partial(offloaded, way, device), subject_of(PEERS[name]), needs=WAY_SECONDS)
+
+
+def in_order(layers: list[Contest], whole: list[Contest], device: str) -> Iterator[Contest]:
+    """On a GPU steps come before further sizes of layers."""
+    first = len(linears.BITS) if device == "cuda" else len(layers)
+    yield from (*layers[:first], *whole, *layers[first:])
 
 
 def wanted(case: Case, formats: tuple[str, ...]) -> bool:
     return not formats or case.what.get("format", formats[0]) in formats
-
-
-def refused(name: str, device: str) -> Row:
-    if device == "cuda":
-        raise RuntimeError("has no runner for CUDA yet: it was written where there is none to try it on")
-    raise RuntimeError(PEERS[name].refusal)
 
 
 def offloaded(way: str, device: str) -> Row:

@@ -45,4 +45,4 @@ def step(task: dict) -> Callable[[], dict]:
         guidance=torch.full((1,), float(task["guidance"])),
     )
     given = {name: value.to(device, dtype) for name, value in given.items()}
-    return lambda: {"velocity": model(**given, return_dict=False)[0].float().cpu()}
+    return lambda: {"velocity": model(**given, return_dict=False)[0].float()}

@@ -8,23 +8,28 @@ from torch import Tensor
 
 
 def linear(given: dict, how: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
-    from flux_quant.benchmarks.random_weights import on_device
     from flux_quant.formats import FORMATS
     from flux_quant.linear import QuantLinear
 
-    parts = tuple(given["packed"][how])
-    if on_device(how, device) is not FORMATS[how]:
-        parts = on_device(how, device).pack(FORMATS[how].unpack(*parts))
-    layer = QuantLinear.from_parts(on_device(how, device), parts, None).to(device)
-    return layer, sum(part.nbytes for part in parts)
+    name, _, compute = how.partition(" as ")
+    parts = tuple(part.to(device) for part in given["packed"][name])
+    layer = QuantLinear.from_parts(FORMATS[name], parts, None)
+    if device.type == "cuda":
+        layer.repack_()
+    if compute and not layer.set_compute_(compute, device):
+        raise RuntimeError(f"this device or shape has no products in {compute}")
+    return layer, sum(part.nbytes for part in layer.parts)
 
 
 def step(task: dict) -> Callable[[], dict]:
     from flux_quant.loading import load_flux
     from flux_quant.model import image_ids, pack_latents, text_ids
+    from flux_quant.runtime import prepare
 
     device, dtype = torch.device(task["device"]), getattr(torch, task["dtype"])
-    model = load_flux(task["model"]).to(device, dtype)
+    model = load_flux(task["model"])
+    prepare(model, device, "16-bit")
+    model.to(device, dtype)
     rows, columns = task["height"] // 16, task["width"] // 16
     noise = torch.randn(16, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(task["seed"]))
     config, words = model.config, task["words"]
@@ -35,7 +40,7 @@ def step(task: dict) -> Callable[[], dict]:
     ids = image_ids(rows, columns, device), text_ids(words, device)
 
     def call() -> dict:
-        return {"velocity": model(img, txt, pooled, one, *ids, task["guidance"] * one).float().cpu()}
+        return {"velocity": model(img, txt, pooled, one, *ids, task["guidance"] * one).float()}
 
     return call
 
