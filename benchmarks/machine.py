@@ -87,12 +87,13 @@ def write_result(
     suite: str, result: dict[str, object], folder: Path = RESULTS, machine: dict[str, object] | None = None
 ) -> Path:
     """`folder/<machine>/<date>-suite.json`, which replaces that of the same day: complete or not at all,
-    and no folder of the machine in it.
+    and no folder of the machine in it. A file of `flux-quant bench`, which has suites of the same names, stays.
 
     machine: its fingerprint, where that is known already.
     """
     machine = machine or fingerprint()
     path = result_path(suite, folder, str(machine["date"])[:10])
+    path = aside(path, str(machine["date"])) if of_bench(path) else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     content = {"suite": suite, "machine": machine, **result}
@@ -107,15 +108,28 @@ def result_path(suite: str, folder: Path = RESULTS, date: str | None = None) -> 
     return folder / slug(device_name()) / f"{date}-{suite}.json"
 
 
+def aside(day: Path, date: str) -> Path:
+    """2026-11-21-step.json -> 2026-11-21T140501-step.json, at that time of `date`."""
+    return day.with_name(f"{day.name[:10]}T{date[11:19].replace(':', '')}{day.name[10:]}")
+
+
+def of_bench(path: Path) -> bool:
+    """Whether a result is there that `flux-quant bench` wrote, and no script."""
+    try:
+        return "schema" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def newest_result(suite: str, folder: Path = RESULTS, machine: str = "") -> Path | None:
-    """The last one of a suite, by its name; of this device, or of the machines whose folder begins with `machine`."""
+    """A script's last one, by its name; of this device, or of the machines whose folder begins with `machine`."""
     found = [path for path in folder.glob(f"{machine or slug(device_name())}*/*.json") if suite_in(path) == suite]
-    return max(found, key=lambda path: path.name, default=None)
+    return max((path for path in found if not of_bench(path)), key=lambda path: path.name, default=None)
 
 
 def suite_in(path: Path) -> str:
-    """2026-11-21-kernels.json -> kernels; nothing for other names."""
-    found = re.fullmatch(r"\d{4}-\d\d-\d\d-(.+)\.json", path.name)
+    """2026-11-21-kernels.json -> kernels, 2026-11-21T140501-kernels.json too; nothing for other names."""
+    found = re.fullmatch(r"\d{4}-\d\d-\d\d(?:T\d{6})?-(.+)\.json", path.name)
     return found[1] if found else ""
 
 

@@ -11,7 +11,7 @@ import torch
 from flux_quant.benchmarks import machine
 from flux_quant.benchmarks.bench import limits, memory, nvidia, nvml
 from flux_quant.benchmarks.bench.earlier import load
-from flux_quant.benchmarks.bench.record import EMULATED, SKIPPED
+from flux_quant.benchmarks.bench.record import EMULATED, SKIPPED, Run, read_run, write_run
 from flux_quant.errors import UserError
 
 ANSWER = (
@@ -179,6 +179,20 @@ def test_results_lie_by_machine_and_date(tmp_path: Path):
     machine.write_result("it-too", {"rows": []}, tmp_path, {"date": "2026-03-01T00:00:00+00:00"})
     assert machine.newest_result("it", tmp_path) == later and machine.newest_result("other", tmp_path) is None
     assert [machine.suite_in(path) for path in (first, tmp_path / "demo.json")] == ["it", ""]
+
+
+def test_results_of_scripts_and_of_bench_leave_each_other_alone(tmp_path: Path):
+    """Both have suites named kernels and step; `aims` looks for the script's."""
+    told = {"date": "2026-01-02T03:04:05+00:00"}
+    script = machine.write_result("it", {"rows": [1]}, tmp_path, told)
+    newer = script.with_name("2026-01-03-it.json")
+    write_run(Run("it", "", told["date"], {}, told), newer)
+    assert machine.newest_result("it", tmp_path) == script
+    for rows in ([2], [2, 3]):  # as a journal does, which writes one file again and again
+        later = machine.write_result("it", {"rows": rows}, tmp_path, {"date": "2026-01-03T09:00:00+00:00"})
+    assert later.name == "2026-01-03T090000-it.json" and read_run(newer).rows == []
+    assert machine.newest_result("it", tmp_path) == later and json.loads(later.read_text())["rows"] == [2, 3]
+    assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
 def test_results_of_scripts_are_read_as_runs(tmp_path: Path):

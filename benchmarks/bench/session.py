@@ -14,7 +14,7 @@ from flux_quant.benchmarks.bench import limits, models, places
 from flux_quant.benchmarks.bench.record import SKIPPED, Row, Run, read_run, slug
 from flux_quant.benchmarks.bench.runner import Runner, Watcher
 from flux_quant.benchmarks.bench.suite import Asked, Case, Suite
-from flux_quant.benchmarks.machine import fingerprint, now, result_path
+from flux_quant.benchmarks.machine import aside, fingerprint, now, result_path
 from flux_quant.errors import UserError
 
 HOME = "flux_quant.benchmarks"
@@ -121,11 +121,6 @@ def runs_of(day: Path) -> dict[Path, Run | None]:
             except UserError:
                 found[path] = None
     return found
-
-
-def aside(day: Path, date: str) -> Path:
-    """2026-11-21-step.json -> 2026-11-21T140501-step.json, at that time of `date`."""
-    return day.with_name(f"{day.name[:10]}T{date[11:19].replace(':', '')}{day.name[10:]}")
 
 
 def settled(run: Run, path: Path, day: Path) -> Path:

@@ -1,6 +1,6 @@
 """A run of the suite as tables, those of docs/quality.md.
 
-python -I -m flux_quant.benchmarks.quality.table [RESULTS.json]    # else the newest committed one of a CPU
+python -I -m flux_quant.benchmarks.quality.table RESULTS.json
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flux_quant.benchmarks.bench.record import MEASURED, Row, Run, Scalar, read_run
-from flux_quant.benchmarks.machine import newest_result
+from flux_quant.errors import UserError
 
 NONE = "-"
 
@@ -113,11 +113,12 @@ def share(value: Scalar, count: Scalar) -> str:
 
 
 def main() -> int:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else newest_result("quality", machine="cpu")
-    if path is None:
-        print("no results of the quality suite: flux-quant bench quality", file=sys.stderr)
+    try:
+        made = tables(read_run(Path(sys.argv[1] if len(sys.argv) > 1 else "")))
+    except UserError as error:
+        print(error, file=sys.stderr)
         return 2
-    for lines in tables(read_run(path)).values():
+    for lines in made.values():
         print(*lines, "", sep="\n")
     return 0
 
