@@ -46,6 +46,7 @@ setup(
     package_data={
         "flux_quant": [f"tiny_flux/**/*.{kind}" for kind in ("safetensors", "gguf", "json", "txt", "model", "md")],
         "flux_quant.frontends.comfyui": ["workflows/*.json", "workflows/api/*.json"],
+        "flux_quant.kernels": ["measured/*.json"],
         "flux_quant.benchmarks": ["results/*.json", "results/*/*.json"],
         "flux_quant.benchmarks.report": ["templates/*"],
     },

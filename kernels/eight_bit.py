@@ -40,10 +40,10 @@ def int8_product(rows: int, shape: Shape, device: torch.device) -> Product:
     if device.type not in ("cpu", "cuda"):
         return Product("", f"no int8 product on {device.type}")
     reasons = int8_obstacles(rows, shape, device)
-    if TRITON in reasons and device.type == "cuda" and (steps := tables.measured(device).get("int8")):
-        step = tables.step_for(steps, rows)
+    if TRITON in reasons and device.type == "cuda" and (measured := tables.found_for(device, "int8")):
+        step = tables.step_for(measured[0], rows)
         if reasons.get(step.path, "") is None:
-            return Product(step.path, f"int8 by {step.path}; table measured", step.config)
+            return Product(step.path, f"int8 by {step.path}; table {measured[1]}", step.config)
     found = next((way for way, reason in reasons.items() if reason is None), "")
     return Product(found, f"int8 by {found}" if found else "; ".join(dict.fromkeys(reasons.values())))
 

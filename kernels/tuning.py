@@ -123,10 +123,12 @@ def tune(
     weights: Iterable[tuple[QuantFormat, tuple[int, int], Copies]],
     dtype: torch.dtype,
     seconds: Seconds,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[tables.Table, dict[str, object]]:
-    """Measure and store -> the table, and the microseconds behind it.
+    """Measure and store, format by format -> the table, and the microseconds behind it.
 
-    `weights`: formats, shapes and copies of a weight; int8 rows among them if int8 is to be tuned.
+    `weights`: formats, shapes and copies of a weight; int8 rows among them if int8 is to be tuned. No format is begun
+    once it is `enough`: what was measured by then is the table.
     """
     table, evidence = {}, {}
     for fmt, shape, copies in weights:
@@ -137,7 +139,9 @@ def tune(
             name, times = triton_path.file_format(fmt), measure(fmt, shape, copies, dtype, seconds)
             table[name] = steps_of(times)
         evidence[name] = {rows: microseconds(by_way) for rows, by_way in times.items()}
-    tables.store(device, table, evidence)
+        tables.store(device, {name: table[name]}, {name: evidence[name]})
+        if enough():
+            break
     return table, evidence
 
 

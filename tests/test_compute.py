@@ -160,7 +160,7 @@ def test_ways_of_int8_by_card(capability, way, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(fallback, "triton_for", lambda device, minimum=(7, 0): None)
     cuda = torch.device("cuda")
-    monkeypatch.setattr(tables, "measured", lambda device: {})
+    monkeypatch.setattr(tables, "found_for", lambda device, name: None)
     assert eight_bit.int8_product(4608, (3072, 3072), cuda).way == way
     few = eight_bit.int8_product(16, (3072, 3072), cuda).way
     assert few == ("int_mm" if capability == (7, 5) else "triton")
@@ -170,7 +170,7 @@ def test_a_measured_table_decides_where_it_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fallback, "triton_for", lambda device, minimum=(7, 0): None)
     steps = (tables.Step(64, eight_bit.INT_MM), tables.Step(None, eight_bit.TRITON, 2))
-    monkeypatch.setattr(tables, "measured", lambda device: {"int8": steps})
+    monkeypatch.setattr(tables, "found_for", lambda device, name: {"int8": (steps, "measured")}[name])
     cuda = torch.device("cuda")
     chosen = eight_bit.int8_product(4608, (3072, 3072), cuda)
     assert (chosen.way, chosen.config) == ("triton", 2) and "measured" in chosen.why

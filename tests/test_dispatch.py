@@ -33,7 +33,7 @@ def on_triton(monkeypatch, kernel_device):
     if kernel_device == "cpu":
         monkeypatch.setattr(dispatch, "unpacker_for", lambda fmt, parts, device=None: (tables.TWO_PASS, ""))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
-        monkeypatch.setattr(tables, "measured", lambda device: {})
+        monkeypatch.setattr(tables, "found_for", lambda device, name: None)
     return kernel_device
 
 
@@ -182,18 +182,24 @@ def test_tables_of_cards_nobody_measured(capability, limit):
 def test_a_measured_table_is_kept_and_a_broken_one_ignored(tmp_path, monkeypatch):
     file = tmp_path / "cache" / "card.json"
     monkeypatch.setattr(tables, "table_file", lambda device: file)
-    tables.measured.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    pytest.importorskip("triton")
+    tables.forget()
     device = torch.device("cpu")
     assert tables.measured(device) == {}
     table = {"q4_k": (tables.Step(8, tables.VECTOR, 3), tables.Step(None, tables.TWO_PASS))}
-    assert tables.store(device, table, {"why": 1}) == file
+    assert tables.store(device, table, {"q4_k": 1}) == file
     assert tables.measured(device) == table
-    assert json.loads(file.read_text())["evidence"] == {"why": 1} and len(list(file.parent.iterdir())) == 1
-    for broken in ("", "{}", '{"table": {"q4_k": [{"row": 1}]}}', "[]"):
+    assert json.loads(file.read_text())["evidence"] == {"q4_k": 1} and len(list(file.parent.iterdir())) == 1
+    other = {"q8_0": (tables.Step(None, tables.TWO_PASS),)}
+    tables.store(device, other, {"q8_0": 2})
+    assert tables.measured(device) == table | other, "what was measured before stays"
+    number = '{"table": {"q4_k": [{"rows": null, "path": "vector", "config": 3}]}}'  # as they were kept once
+    for broken in ("", "{}", '{"table": {"q4_k": [{"row": 1}]}}', "[]", number):
         file.write_text(broken)
-        tables.measured.cache_clear()
+        tables.forget()
         assert tables.measured(device) == {}
-    tables.measured.cache_clear()
+    tables.forget()
 
 
 @pytest.mark.parametrize(

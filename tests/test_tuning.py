@@ -24,9 +24,10 @@ def card(request, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some card")
     monkeypatch.setattr(tables, "table_file", lambda device: tmp_path / "card.json")
-    tables.measured.cache_clear()
+    monkeypatch.setattr(tables, "MEASURED", tmp_path / "shipped")
+    tables.forget()
     yield request.param
-    tables.measured.cache_clear()
+    tables.forget()
 
 
 def clock(times):
@@ -64,9 +65,21 @@ def test_winners_become_steps(card, monkeypatch):
     assert table["q4_k"] == (Step(8, VECTOR, 1), *fused, Step(None, TWO_PASS))
     assert evidence["q4_k"][1]["vector 1"] == 2e6
     stored = json.loads(tables.table_file(CPU).read_text())
-    assert stored["table"]["q4_k"][0] == {"rows": 8, "path": VECTOR, "config": 1}
+    assert stored["table"]["q4_k"][0] == {"rows": 8, "path": VECTOR, "config": {"bn": 16, "warps": 4}}
     way = dispatch.way_for(FORMATS["q4_k"], 5, SHAPE, torch.float16, torch.device("cuda"))
     assert (way.path, way.config) == (VECTOR, 1) and "measured on some card" in way.why
+
+
+def test_when_it_is_enough_no_format_is_begun_and_the_others_are_kept(card):
+    def weights():
+        for name in ("q8_0", "q4_k", "q5_k"):
+            begun.append(name)
+            yield FORMATS[name], SHAPE, [FORMATS[name].pack(torch.randn(SHAPE)) for _ in range(2)]
+
+    begun = []
+    table, evidence = tuning.tune(CPU, weights(), torch.float16, clock(lambda step: 1.0), lambda: len(begun) == 2)
+    assert begun == list(table) == list(evidence) == ["q8_0", "q4_k"]
+    assert set(tables.measured(CPU)) == {"q8_0", "q4_k"}
 
 
 def test_a_way_that_is_hardly_faster_is_not_worth_it():

@@ -248,4 +248,6 @@ def lines_of(report: Report) -> list[tuple[str, str]]:
             *((f"GPU, {name}", f"{rate / 1e12:.1f} TFLOP/s") for name, rate in gpu.flops.items()),
             ("GPU, attention", f"{gpu.attention / 1e12:.1f} TFLOP/s"),
         ]
+        if gpu.triton == "works" and torch.cuda.is_available():
+            rows.append(("ways of linear layers", tables.summary(torch.device("cuda"))))
     return rows
