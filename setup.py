@@ -37,6 +37,7 @@ setup(
         "flux_quant.benchmarks.report",
         "flux_quant.benchmarks.quality",
         "flux_quant.benchmarks.tiny_flux",
+        "flux_quant.benchmarks.tiny_flux.improving",
     ],
     package_dir={
         "flux_quant.kernels": "kernels",

@@ -152,7 +152,12 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse; pictures may reach a little beyond 0-1."""
-        return self.decoder(latents / LATENT_SCALE + LATENT_SHIFT) / 2 + 0.5
+        return self.decoder(self.unscaled(latents)) / 2 + 0.5
+
+    @staticmethod
+    def unscaled(latents: Tensor) -> Tensor:
+        """What the decoder reads."""
+        return latents / LATENT_SCALE + LATENT_SHIFT
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:

@@ -8,6 +8,7 @@ Bitmaps: the CBDT strikes (136 x 128) of Noto Color Emoji (OFL 1.1), names: the 
 """
 
 import io
+import os
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian package fonts-noto-color-emoji
+FONT_VARIABLE = "FLUX_QUANT_EMOJI_FONT"  # another place of that file
 SIZE = 96  # pixels
 WIDTHS = {"small": 60, "large": 86}  # width of the bitmap in pixels
 OFFSETS = {  # shift of the centre, (x, y) in pixels: one latent patch; a large emoji is always in the centre
@@ -63,7 +65,11 @@ class Scene:
     tilt: int
 
 
-def load_bitmaps(font: Path = FONT) -> list[tuple[str, Image.Image]]:
+def font_file() -> Path:
+    return Path(os.environ.get(FONT_VARIABLE) or FONT)
+
+
+def load_bitmaps(font: Path) -> list[tuple[str, Image.Image]]:
     """All single-codepoint colour bitmaps of the font as (lower-case Unicode name, RGBA image).
 
     ImportError without fonttools, or on a Python that lacks some of the names.
@@ -104,11 +110,28 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
+def sprites_of(bitmap: Image.Image) -> np.ndarray:
+    """(size, mirrored, tilt, 96, 96, 4) uint8, premultiplied RGBA, in the centre of the canvas."""
+    out = np.zeros((2, 2, len(TILTS), SIZE, SIZE, 4), np.uint8)
+    side = max(bitmap.size)
+    square = Image.new("RGBa", (side * 2, side * 2))
+    square.paste(bitmap.convert("RGBa"), ((2 * side - bitmap.width) // 2, (2 * side - bitmap.height) // 2))
+    for s, width in enumerate(WIDTHS.values()):
+        for t, tilt in enumerate(TILTS):
+            turned = square.rotate(tilt, Image.Resampling.BICUBIC)
+            scaled = turned.resize((2 * width, 2 * width), Image.Resampling.LANCZOS)
+            canvas = Image.new("RGBa", (SIZE, SIZE))
+            canvas.paste(scaled, ((SIZE - 2 * width) // 2, (SIZE - 2 * width) // 2))
+            plain = np.asarray(canvas)
+            out[s, 0, t], out[s, 1, (0, 2, 1)[t]] = plain, plain[:, ::-1]
+    return out
+
+
 class EmojiWorld:
     """The chosen emoji and all their scenes."""
 
-    def __init__(self, font: Path = FONT) -> None:
-        self.names, self.bitmaps = map(list, zip(*select(load_bitmaps(font)), strict=True))
+    def __init__(self, font: Path | None = None) -> None:
+        self.names, self.bitmaps = map(list, zip(*select(load_bitmaps(font or font_file())), strict=True))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -116,20 +139,7 @@ class EmojiWorld:
     @cached_property
     def sprites(self) -> np.ndarray:
         """(emoji, size, mirrored, tilt, 96, 96, 4) uint8, premultiplied RGBA, in the centre of the canvas."""
-        out = np.zeros((len(self), 2, 2, len(TILTS), SIZE, SIZE, 4), np.uint8)
-        for e, bitmap in enumerate(self.bitmaps):
-            side = max(bitmap.size)
-            square = Image.new("RGBa", (side * 2, side * 2))
-            square.paste(bitmap.convert("RGBa"), ((2 * side - bitmap.width) // 2, (2 * side - bitmap.height) // 2))
-            for s, width in enumerate(WIDTHS.values()):
-                for t, tilt in enumerate(TILTS):
-                    turned = square.rotate(tilt, Image.Resampling.BICUBIC)
-                    scaled = turned.resize((2 * width, 2 * width), Image.Resampling.LANCZOS)
-                    canvas = Image.new("RGBa", (SIZE, SIZE))
-                    canvas.paste(scaled, ((SIZE - 2 * width) // 2, (SIZE - 2 * width) // 2))
-                    plain = np.asarray(canvas)
-                    out[e, s, 0, t], out[e, s, 1, (0, 2, 1)[t]] = plain, plain[:, ::-1]
-        return out
+        return np.stack([sprites_of(bitmap) for bitmap in self.bitmaps])
 
     def coverage(self, scene: Scene) -> np.ndarray:
         """(96, 96, 4) float32 in 0-1, premultiplied: the emoji alone, at its place."""

@@ -37,9 +37,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     infos = [TensorInfo(name, tuple(tensors[name].shape), "bf16") for name in names]
     with create_checkpoint(path, infos, metadata, force=True) as writer:
         for name in names:
-            writer.write(name, FORMATS["bf16"].pack(tensors[name]))
+            writer.write(name, FORMATS["bf16"].pack(tensors[name].cpu()))
     parameters = sum(info.numel for info in infos)
     print(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {path.stat().st_size:,} bytes")
+
+
+def export_model(state: Mapping[str, Tensor], tokenizers: Path, out: Path, notes: Mapping[str, str]) -> None:
+    """A Bundle's weights, and a folder with the tokenizers; notes: more metadata."""
+    write(out / "diffusion_models/flux1-tiny.safetensors", part(state, "flux."), {**ORIGIN, **notes})
+    t5 = {name: tensor for name, tensor in part(state, "t5.").items() if name != "encoder.embed_tokens.weight"}
+    write(out / "text_encoders/t5.safetensors", t5, {})
+    clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
+    write(out / "text_encoders/clip_l.safetensors", clip, {})
+    shutil.copytree(tokenizers, out / "tokenizers", dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -49,20 +59,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     saved = torch.load(args.flux / "checkpoint.pt", weights_only=True, map_location="cpu")
-    state = saved["average"]
     steps = {"flux_quant.training_steps": str(saved["step"])}
-    flux = part(state, "flux.")
-    write(args.out / "diffusion_models/flux1-tiny.safetensors", flux, ORIGIN | steps)
-    t5 = {name: tensor for name, tensor in part(state, "t5.").items() if name != "encoder.embed_tokens.weight"}
-    write(args.out / "text_encoders/t5.safetensors", t5, {})
-    clip = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in part(state, "clip.").items()}
-    write(args.out / "text_encoders/clip_l.safetensors", clip, {})
+    export_model(saved["average"], args.flux / "tokenizers", args.out, steps)
     if args.vae:
         from diffusers import AutoencoderKL
 
         vae = vae_from_diffusers(AutoencoderKL.from_pretrained(args.vae).state_dict())
         write(args.out / "vae/ae.safetensors", vae, {})
-    shutil.copytree(args.flux / "tokenizers", args.out / "tokenizers", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,16 @@ Group = tuple[int, Tensor]  # the first emoji, (emoji * mirrored * tilts, 96 * 9
 
 def candidates(world: EmojiWorld, request: Request) -> Iterator[Group]:
     """All pictures that the request allows, a few emoji at a time."""
+    for start, scenes in allowed(world, request):
+        yield start, torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).flatten(1)
+
+
+def allowed(world: EmojiWorld, request: Request) -> Iterator[tuple[int, list[Scene]]]:
+    """The scenes of `candidates`, each group with its first emoji."""
     for (size, position), colour in product(request.places(), request.colours()):
         for start in range(0, len(world), CHUNK):
             emoji = range(start, min(start + CHUNK, len(world)))
-            scenes = [Scene(e, size, position, colour, m, t) for e in emoji for m in (False, True) for t in TILTS]
-            yield start, torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).flatten(1)
+            yield start, [Scene(e, size, position, colour, m, t) for e in emoji for m in (False, True) for t in TILTS]
 
 
 def nearest(world: EmojiWorld, pictures: Tensor, request: Request, groups: Iterable[Group] | None = None) -> Verdict:
@@ -64,8 +69,8 @@ def nearest(world: EmojiWorld, pictures: Tensor, request: Request, groups: Itera
     """
     flat = pictures.permute(0, 2, 3, 1).flatten(1)
     squares = flat.square().sum(1)
-    best = torch.full((len(flat),), float("inf"))
-    winner = torch.zeros(len(flat), dtype=torch.long)
+    best = torch.full((len(flat),), float("inf"), device=flat.device)
+    winner = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
     for start, group in candidates(world, request) if groups is None else groups:
         shown = group.float()
         distance = squares[:, None] - 2 * flat @ shown.T + shown.square().sum(1)

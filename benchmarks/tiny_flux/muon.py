@@ -45,3 +45,52 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(p.grad.lerp(average, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonalise_all(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(n, rows, columns) -> `orthogonalise` of each, in the dtype that its products are to be in."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype or x.dtype)
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class BatchedMuon:
+    """The same updates with a few products for all matrices of one shape: a GPU waits for launches, not for these.
+
+    Its learning rate may be a number or a tensor on the device, which a recorded step reads anew.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
+        self.parameters = list(parameters)
+        self.groups: dict[torch.Size, list[nn.Parameter]] = {}
+        self.averages: dict[torch.Size, Tensor] = {}
+
+    def begin(self) -> None:
+        """Parameters that the first step finds without a gradient have none later: they stay as they are."""
+        for p in self.parameters:
+            if p.grad is not None:
+                self.groups.setdefault(p.shape, []).append(p)
+        self.averages = {shape: torch.zeros_like(torch.stack(group)) for shape, group in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float | Tensor) -> None:
+        if not self.groups:
+            self.begin()
+        for shape, group in self.groups.items():
+            gradient = torch.stack([p.grad for p in group])
+            average = self.averages[shape].lerp_(gradient, 1 - self.momentum)
+            update = orthogonalise_all(gradient.lerp_(average, self.momentum), self.dtype)
+            torch._foreach_mul_(group, 1 - lr * self.weight_decay)
+            torch._foreach_sub_(group, list((update * (lr * 0.2 * max(shape) ** 0.5)).unbind()))

@@ -149,9 +149,12 @@ def fresh(model: Flux, rank: int) -> Lora:
     return Lora(Path("new"), tuple(records), [], {}, {})
 
 
-def single_steps(model: Flux, data: Trajectories, rows: Tensor, places: Tensor) -> Tensor:
-    """(B,) error of the next state, from the teacher's states at these places of their trajectories."""
-    chosen, sigmas = data[rows], torch.tensor(levels(STEPS), device=rows.device)
+def single_steps(model: Flux, data: Trajectories, rows: Tensor, places: Tensor, sigmas: Tensor) -> Tensor:
+    """(B,) error of the next state, from the teacher's states at these places of their trajectories.
+
+    sigmas (STEPS + 1,): the `levels`, on the device.
+    """
+    chosen = data[rows]
     now, after = (chosen.states[torch.arange(len(rows), device=rows.device), at] for at in (places, places + 1))
     step = (sigmas[places + 1] - sigmas[places])[:, None, None]
     found = now + step * velocity(model, now, chosen.text, sigmas[places], chosen.guidance)
@@ -181,13 +184,14 @@ class Training:
             path.move_(lambda tensor: tensor.to(model.img_in.bias.device))
         self.parameters = [t.requires_grad_() for _, path in self.applied.paths.values() for t in path.tensors]
         self.generator = torch.Generator().manual_seed(1)
+        self.sigmas = torch.tensor(levels(STEPS), device=data.guidance.device)
 
     def drawn(self, most: int, count: int) -> Tensor:
         return torch.randint(most, (count,), generator=self.generator).to(self.data.guidance.device)
 
     def part1(self) -> Tensor:
         rows, places = self.drawn(len(self.data), self.args.batch), self.drawn(STEPS, self.args.batch)
-        return robust(single_steps(self.model, self.data, rows, places)).mean()
+        return robust(single_steps(self.model, self.data, rows, places, self.sigmas)).mean()
 
     def part2(self) -> Tensor:
         errors = robust(own_path(self.model, self.data, self.drawn(len(self.data), self.args.paths))).mean(dim=1)
