@@ -52,6 +52,7 @@ def inpaint(
     What is black keeps its pixels. Without --size the picture keeps its size, up to twice the area that the model was
     made for.
     """
+    given = dict(locals())  # every option is one of `generate`
     from flux_quant.components import find_components, recommended_size
     from flux_quant.drawing.pictures import painted_size
 
@@ -59,39 +60,4 @@ def inpaint(
         raise UserError(f"strength {strength:g}: choose a number above 0, up to 1")
     transformer = find_components(model, t5, clip, vae, tokenizers).transformer
     width, height = painted_size(image, recommended_size(transformer))
-    drawing.generate(
-        model=model,
-        prompt=prompt,
-        output=output,
-        prompt_t5=prompt_t5,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        size=size or f"{width}x{height}",
-        scheduler=scheduler,
-        seeds=seeds,
-        batch=batch,
-        negative=negative,
-        cfg=cfg,
-        cfg_range=cfg_range,
-        image=image,
-        strength=strength,
-        mask=mask,
-        controlnet=controlnet,
-        lora=lora,
-        preset=preset,
-        save_latent=save_latent,
-        preview=preview,
-        t5=t5,
-        clip=clip,
-        vae=vae,
-        tokenizers=tokenizers,
-        prompt_cache=prompt_cache,
-        device=device,
-        vram=vram,
-        ram_budget=ram_budget,
-        compute=compute,
-        metrics=metrics,
-        force=force,
-        threads=threads,
-    )
+    drawing.generate(**given | {"size": size or f"{width}x{height}"})
