@@ -18,7 +18,7 @@ from flux_quant.benchmarks.machine import device_name, newest_result, write_resu
 from flux_quant.planner.memory import parse_amount
 
 EIGHT_BITS, FOUR_BITS = ("q8_0", "fp8", "fp8_rows"), ("q4_k",)
-SUITES = ("kernels", "products8", "step", "streaming", "offloaders")
+SUITES = ("kernels", "products8", "step", "streaming", "offloaders", "side_paths")
 Results = dict[str, dict]
 
 
@@ -65,7 +65,7 @@ def eight_bits(word: str) -> Callable[[Results], dict[str, float]]:
         best: dict[str, float] = {}
         for row in results["products8"]["rows"]:
             place = f"{row['n']} x {row['k']}"
-            if row["m"] == 4608 and row["way"].startswith(word):
+            if row["m"] == 4608 and row["way"].startswith(word) and "of_dense" in row:
                 best[place] = max(row["of_dense"], best.get(place, 0))
         return best
 
@@ -73,12 +73,12 @@ def eight_bits(word: str) -> Callable[[Results], dict[str, float]]:
 
 
 def step(results: Results) -> dict[str, float]:
-    rows = [row for row in results["step"]["rows"] if row.get("compute", "16-bit") == "16-bit"]
+    rows = [row for row in results["step"]["rows"] if row.get("compute", "16-bit") == "16-bit" and "of_bf16" in row]
     return {row["format"]: row["of_bf16"] for row in rows if row["format"] in ("q8_0", "q4_k")}
 
 
 def step_in_eight_bits(results: Results) -> dict[str, float]:
-    rows = [row for row in results["step"]["rows"] if row.get("compute", "16-bit") != "16-bit"]
+    rows = [row for row in results["step"]["rows"] if row.get("compute", "16-bit") != "16-bit" and "of_bf16" in row]
     return {f"{row['format']} {row['compute']}": row["of_bf16"] for row in rows}
 
 
@@ -117,6 +117,12 @@ def host_ram(results: Results) -> dict[str, float]:
     return {row["format"]: row["ram_ratio"] for row in rows if "ram_ratio" in row}
 
 
+def side_paths(results: Results) -> dict[str, float]:
+    """What a LoRA adds to the time of a layer, over its share of the arithmetic."""
+    layers = results["side_paths"]["layers"]
+    return {f"{layer}, rank {row['rank']}": row["times"] for layer, rows in layers.items() for row in rows}
+
+
 def of_offloaders(results: Results) -> dict[str, float]:
     """BF16 at 4 GB against the fastest of the offloaders that ran under that cap, by size of the picture."""
     others = [row for row in results["offloaders"]["rows"] if row["vram"] == "4GB" and "reduced_to" not in row]
@@ -145,6 +151,7 @@ AIMS = (
     Aim("peak of the steps, share of the budget", 1.0, of_budget("step", "modulation"), at_most=True),
     Aim("peak of T5 and VAE, share of the budget", 1.0, of_budget("t5", "vae"), at_most=True),
     Aim("RAM, times the bytes of the weights", 1.01, host_ram, at_most=True),
+    Aim("a LoRA's time, times its share of the arithmetic", 1.3, side_paths, at_most=True),
     Aim("streamed BF16, times the fastest offloader", 1.0, of_offloaders, at_most=True),
 )
 

@@ -139,9 +139,9 @@ def jobs(walks: Sequence[str]) -> list[Job]:
     """The most important first: those of a step, then formats in the tuner's order."""
     names = {
         "step": list(STEPS),
-        "kernels": tune.in_order(kernel_bench.formats(CUDA)),
+        "kernels": kernel_bench.in_order(kernel_bench.formats(CUDA)),
         "eight_bit": [""],
-        "tune": tune.in_order([*kernel_bench.formats(CUDA), "int8"]),
+        "tune": kernel_bench.in_order([*kernel_bench.formats(CUDA), "int8"]),
     }
     return [Job(walk, name, (i, SHARES)) for walk in walks for name in names[walk] for i in range(SHARES)]
 

@@ -38,15 +38,19 @@ class Journal:
 
     def row(self, what: Row, work: Callable[[], Row], needs: float = 0.0) -> Row | None:
         """what | work(), written and returned. None for one that fails, or `needs` more seconds than are left."""
+        return self.into(self.rows, what, lambda: what | work(), needs)
+
+    def into(self, rows: list[Row], what: Row, work: Callable[[], Row], needs: float = 0.0) -> Row | None:
+        """The same for a list of the suite's `facts`, where `what` only names the row if there is none."""
         if self.left < needs:
             return self.skip(what, f"{max(0.0, self.left):.0f} s were left, it needs {needs:.0f} s")
         start = time.monotonic()
         try:
-            row = what | work()
+            row = work()
         except FAILURES as error:
             return self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         row["took"] = round(time.monotonic() - start, 2)
-        self.rows.append(row)
+        rows.append(row)
         self.write()
         return row
 

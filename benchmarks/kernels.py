@@ -1,15 +1,18 @@
 """Kernels on this device: unpacking, and linear layers at FLUX's and T5's shapes, checked and timed.
 
-    python -I -m flux_quant.benchmarks.kernels [--formats q8_0,q4_k] [--small] [--save]
+    python -I -m flux_quant.benchmarks.kernels [--formats q8_0,q4_k] [--seconds 120] [--small] [--save]
 
 Columns: `dense`, torch's product with the weight in 16 bits; `ours`; `eager`, unpacking by a chain of torch operations
 as GGUF loaders do today; `compiled`, the same chain under torch.compile; `int8`, `fp8`, our 8-bit products. Errors are
-relative, against a product in float64 with the unpacked weight. Ceilings are measured in the same run.
+relative, against a product in float64 with the unpacked weight. Ceilings are measured in the same run. What `aims` asks
+for comes first, torch.compile last; nothing is begun after --seconds; every row is written when it is known.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -18,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flux_quant.benchmarks import eager, pointwise
-from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.journal import FAILURES, Journal, Row
+from flux_quant.benchmarks.machine import device_name
 from flux_quant.benchmarks.random_weights import PLAIN, on_device, random_parts
 from flux_quant.benchmarks.timing import Call, Timing, compare, copies_for, copy_bandwidth, product_rate
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat
@@ -38,7 +42,10 @@ LAYERS: dict[Shape, tuple[int, ...]] = {  # (N, K) -> rows of input
     (10240, 4096): (512,),
     (4096, 10240): (512,),
 }
+AIMED, AIMED_VECTOR = (4608, 512, 1), (18432, 3072)  # rows of input that there are aims for; of one row: this layer
 COMPILED: Shape = (9216, 3072)  # where torch.compile is tried: it takes seconds per format
+ONE_CASE, COMPILING = 1.5, 12.0  # seconds that have to be left
+FIRST = ("q8_0", "q4_k", "fp8", "q5_k", "q6_k", "q4_0", "int8", "fp8_rows")  # most files are in; then the others
 SAMPLED = 64  # rows of the product that are checked
 
 
@@ -46,7 +53,13 @@ def formats(device: torch.device, names: Sequence[str] = ()) -> dict[str, QuantF
     """As they are kept on the device."""
     packed = [fmt.name for fmt in FORMATS.values() if not fmt.is_plain and (not names or fmt.name in names)]
     found = {name: on_device(name, device) for name in packed}
-    return found | ({} if names else {"fp8_rows": IN_MEMORY["fp8_rows"]})
+    found |= {} if names else {"fp8_rows": IN_MEMORY["fp8_rows"]}
+    return {name: found[name] for name in in_order(found)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The most important formats first."""
+    return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 def copies_of(fmt: QuantFormat, shape: Shape, device: torch.device) -> list[tuple[Tensor, ...]]:
@@ -67,22 +80,17 @@ def eager_weight(fmt: QuantFormat, parts: tuple[Tensor, ...], dtype: torch.dtype
     return weight * parts[1].to(dtype) if len(parts) > 1 else weight
 
 
-def measure_unpacking(
-    chosen: dict[str, QuantFormat], shape: Shape, device: torch.device, dtype: torch.dtype, ceiling: float
-) -> Iterator[dict[str, object]]:
+def unpacking_row(
+    name: str, order: QuantFormat, shape: Shape, device: torch.device, dtype: torch.dtype, ceiling: float
+) -> Row:
     """Time of unpacking a whole weight, bytes moved per second, and whether every value is the codec's, rounded."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    for name, fmt in chosen.items():
-        for order in {fmt, file_form(fmt)}:
-            parts = copies_of(order, shape, device)
-            out.fill_(torch.nan)
-            dispatch.dequantize(order, parts[0], dtype, out)
-            wrong = int((out != order.unpack(*parts[0]).to(dtype)).sum())
-            times = compare({"ours": unpacking(order, parts, dtype, out)}, len(parts), device)
-            moved = order.nbytes(shape) + out.nbytes
-            rate = moved / times["ours"].median
-            row = {"format": name, "order": "planar" if order.native else "native", "wrong": wrong}
-            yield row | times["ours"].row() | {"gb_per_s": rate / 1e9, "of_copy": rate / ceiling}
+    parts, out = copies_of(order, shape, device), torch.full(shape, torch.nan, dtype=dtype, device=device)
+    dispatch.dequantize(order, parts[0], dtype, out)
+    wrong = int((out != order.unpack(*parts[0]).to(dtype)).sum())
+    times = compare({"ours": unpacking(order, parts, dtype, out)}, len(parts), device)
+    rate = (order.nbytes(shape) + out.nbytes) / times["ours"].median
+    row = {"format": name, "order": "planar" if order.native else "native", "wrong": wrong}
+    return row | times["ours"].row() | {"gb_per_s": rate / 1e9, "of_copy": rate / ceiling}
 
 
 def product(x: Tensor, weights: Sequence, unpack: Callable[..., Tensor] | None = None) -> Call:
@@ -100,48 +108,56 @@ def unpacking(fmt: QuantFormat, parts: list[tuple[Tensor, ...]], dtype: torch.dt
     return lambda i: dispatch.dequantize(fmt, parts[i], dtype, out)
 
 
-def measure_linear(
-    chosen: dict[str, QuantFormat],
-    layers: dict[Shape, tuple[int, ...]],
-    device: torch.device,
-    dtype: torch.dtype,
-    tiny: bool,
-) -> Iterator[dict[str, object]]:
-    """One row per layer, format and number of rows: how exact, how fast, by which way."""
-    compiled = eighth(COMPILED) if tiny else COMPILED
-    for shape, counts in layers.items():
-        dense = [parts[0] for parts in copies_of(FORMATS[PLAIN[dtype]], shape, device)]
-        for name, fmt in chosen.items():
-            if not fmt.fits(shape):
-                continue
-            file_fmt = file_form(fmt)
-            parts, native = copies_of(fmt, shape, device), copies_of(file_fmt, shape, device)
-            chain = (
-                compiled_chain(file_fmt, shape, dtype, device)
-                if shape == compiled and (not tiny or name == "q8_0")
-                else None
-            )
-            for m in counts:
-                x = torch.randn(m, shape[1], device=device, dtype=dtype)
-                contenders = {
-                    "dense": product(x, dense),
-                    "ours": ours(x, fmt, parts),
-                    "eager": product(x, native, lambda *p, f=file_fmt: eager_weight(f, p, dtype)),
-                }
-                if chain is not None:
-                    contenders["compiled"] = product(x, native, chain)
-                copies = max(len(parts), len(native), len(dense))
-                times = compare(contenders, copies, device)
-                yield {
-                    "format": name,
-                    "n": shape[0],
-                    "k": shape[1],
-                    "m": m,
-                    "way": dispatch.way_for(fmt, m, shape, dtype, device, parts[0]).path,
-                    "error": relative_error(x, fmt, parts[0]),
-                    **{who: timing.row() for who, timing in times.items()},
-                    **rates(times["ours"], times["dense"], fmt, shape, m),
-                }
+@dataclass
+class Layer:
+    """One weight in a format, as often as no cache can hold it, packed as the device has it and as files do."""
+
+    name: str
+    fmt: QuantFormat
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    chain: Callable[..., Tensor] | None = None  # compiled
+
+    def __post_init__(self) -> None:
+        self.parts = copies_of(self.fmt, self.shape, self.device)
+        self.native = copies_of(file_form(self.fmt), self.shape, self.device)
+
+    def row(self, m: int, dense: list[Tensor]) -> Row:
+        """How exact, how fast, by which way, for m rows of input."""
+        x, file_fmt = torch.randn(m, self.shape[1], device=self.device, dtype=self.dtype), file_form(self.fmt)
+        contenders = {
+            "dense": product(x, dense),
+            "ours": ours(x, self.fmt, self.parts),
+            "eager": product(x, self.native, lambda *parts: eager_weight(file_fmt, parts, self.dtype)),
+        }
+        if self.chain is not None:
+            contenders["compiled"] = product(x, self.native, self.chain)
+        times = compare(contenders, max(len(self.parts), len(self.native), len(dense)), self.device)
+        return {
+            "format": self.name,
+            "n": self.shape[0],
+            "k": self.shape[1],
+            "m": m,
+            "way": dispatch.way_for(self.fmt, m, self.shape, self.dtype, self.device, self.parts[0]).path,
+            "error": relative_error(x, self.fmt, self.parts[0]),
+            **{who: timing.row() for who, timing in times.items()},
+            **rates(times["ours"], times["dense"], self.fmt, self.shape, m),
+        }
+
+
+def is_aim(shape: Shape, m: int) -> bool:
+    return m in AIMED and (m > 1 or shape == AIMED_VECTOR)
+
+
+def passes(layers: dict[Shape, tuple[int, ...]], compiled: Shape) -> Iterator[tuple[Shape, tuple[int, ...], bool]]:
+    """(layer, rows of input, whether torch.compile takes part): aims, the rest, then torch.compile's layer anew."""
+    for wanted in (True, False):
+        for shape, counts in layers.items():
+            some = tuple(m for m in counts if is_aim(shape, m) == wanted)
+            if some:
+                yield shape, some, False
+    yield compiled, layers[compiled], True
 
 
 def rates(ours: Timing, dense: Timing, fmt: QuantFormat, shape: Shape, m: int) -> dict[str, float]:
@@ -184,20 +200,58 @@ def eighth(shape: Shape) -> Shape:
     return shape[0] // 8, max(256, shape[1] // 8 // 256 * 256)
 
 
-def measure(device: torch.device, names: Sequence[str] = (), tiny: bool = False) -> dict[str, object]:
+def measure(journal: Journal, device: torch.device, names: Sequence[str] = (), tiny: bool = False) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen, layers = formats(device, names), small(LAYERS) if tiny else LAYERS
     copy = copy_bandwidth(device, 1 << 22 if tiny else 1 << 30)
-    product = product_rate(device, dtype, *((64, 64, 64) if tiny else ()))
+    rate = product_rate(device, dtype, *((64, 64, 64) if tiny else ()))
+    journal.facts |= {"dtype": str(dtype), "copy_gb_per_s": copy / 1e9, "product_tflop_per_s": rate / 1e12}
+    sections = {name: journal.facts.setdefault(name, []) for name in ("pointwise", "unpacking", "linear")}
     shape = eighth(UNPACKED) if tiny else UNPACKED
-    return {
-        "dtype": str(dtype),
-        "copy_gb_per_s": copy / 1e9,
-        "product_tflop_per_s": product / 1e12,
-        "pointwise": list(pointwise.measure(device, dtype, copy, tiny)),
-        "unpacking": list(measure_unpacking(chosen, shape, device, dtype, copy)),
-        "linear": list(measure_linear(chosen, layers, device, dtype, tiny)),
-    }
+    for name, fmt in chosen.items():
+        for order in dict.fromkeys((fmt, file_form(fmt))):
+            what = {"what": "unpacking", "format": name, "order": "planar" if order.native else "native"}
+            work = partial(unpacking_row, name, order, shape, device, dtype, copy)
+            journal.into(sections["unpacking"], what, work, ONE_CASE)
+    compiled = eighth(COMPILED) if tiny else COMPILED
+    for number, (shape, counts, chained) in enumerate(passes(layers, compiled)):
+        if number == 1:  # the largest layer is through; these are short
+            found = list(pointwise.measure(device, dtype, copy, tiny)) if journal.left > ONE_CASE else []
+            sections["pointwise"].extend(found)
+        measure_layer(journal, sections["linear"], chosen, shape, counts, (device, dtype), chained, tiny)
+
+
+def measure_layer(
+    journal: Journal,
+    rows: list[Row],
+    chosen: dict[str, QuantFormat],
+    shape: Shape,
+    counts: tuple[int, ...],
+    place: tuple[torch.device, torch.dtype],
+    chained: bool,
+    tiny: bool,
+) -> None:
+    """All formats of a layer. Rows that there are already are replaced: by those that torch.compile took part in."""
+    if journal.left < ONE_CASE:
+        return journal.skip({"what": "linear", "n": shape[0], "k": shape[1], "m": list(counts)}, "no time was left")
+    dense = [parts[0] for parts in copies_of(FORMATS[PLAIN[place[1]]], shape, place[0])]
+    for name, fmt in chosen.items():
+        if not fmt.fits(shape) or (chained and tiny and name != "q8_0"):
+            continue
+        what = {"what": "linear", "format": name, "n": shape[0], "k": shape[1]}
+        if journal.left < (COMPILING if chained and not tiny else ONE_CASE):
+            journal.skip(what | {"m": list(counts)}, "no time was left")
+            continue
+        try:
+            chain = compiled_chain(file_form(fmt), shape, place[1], place[0]) if chained else None
+            layer = Layer(name, fmt, shape, *place, chain)
+        except FAILURES as error:
+            journal.skip(what, f"{type(error).__name__}: {error}")
+            continue
+        for m in counts if chain or not chained else ():
+            old = [row for row in rows if (row["format"], row["n"], row["k"], row["m"]) == (name, *shape, m)]
+            if journal.into(rows, what | {"m": m}, partial(layer.row, m, dense), ONE_CASE) and old:
+                rows.remove(old[0])
 
 
 def tables(result: dict[str, object]) -> Iterator[Table]:
@@ -236,17 +290,20 @@ def tables(result: dict[str, object]) -> Iterator[Table]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default="", help="names with commas between them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after them")
     parser.add_argument("--small", action="store_true", help="every case on small shapes, to see that it runs")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(device, [name for name in args.formats.split(",") if name], args.small)
+    journal = Journal("kernels", args.seconds, args.save)
+    measure(journal, device, [name for name in args.formats.split(",") if name], args.small)
+    journal.write()
     console = Console(width=160)
     console.print(f"on {device_name()}")
-    console.print(*tables(result))
+    console.print(*tables(journal.facts))
     if args.save:
-        print(f"wrote {write_result('kernels', result)}", file=sys.stderr)
-    return 0
+        print(f"wrote {journal.path}", file=sys.stderr)
+    return 0 if journal.facts["unpacking"] else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """8-bit products at FLUX's shapes beside torch's in 16 bits: every way that this device has.
 
-    python -I -m flux_quant.benchmarks.products8 [--small] [--save]
+    python -I -m flux_quant.benchmarks.products8 [--seconds 35] [--small] [--save]
 
 Times include quantizing the activations. `int8 from q4_k`: the weight stays packed and is expanded at every call.
 Errors are relative, against float64 with the weight before it was requantized.
@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.journal import FAILURES, Journal
+from flux_quant.benchmarks.machine import device_name
 from flux_quant.benchmarks.random_weights import PLAIN, on_device, random_parts
 from flux_quant.benchmarks.timing import Call, compare, copies_for
 from flux_quant.formats import FORMATS, IN_MEMORY, QuantFormat, format_named
@@ -28,6 +29,7 @@ Parts = tuple[Tensor, ...]
 LAYERS = {(21504, 3072): (4608,), (3072, 15360): (4608,), (9216, 3072): (512, 4096), (3072, 3072): (512, 4096)}
 SMALL = {(768, 256): (40,), (256, 512): (3, 40)}
 SAMPLED = 64
+ONE_SHAPE = 4.0  # seconds that have to be left
 
 
 def ways(
@@ -59,24 +61,53 @@ def ways(
     return found
 
 
-def measure(device: torch.device, small: bool = False) -> Iterator[dict[str, object]]:
+def measure(journal: Journal, device: torch.device, small: bool = False) -> None:
+    """Rows of every way, the shapes that there are aims for first; nothing is begun when no time is left."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for shape, counts in (SMALL if small else LAYERS).items():
+        what = {"n": shape[0], "k": shape[1]}
+        if journal.left < ONE_SHAPE:
+            journal.skip(what | {"m": list(counts)}, "no time was left")
+            continue
         dense = random_parts(FORMATS[PLAIN[dtype]], shape, device)[0]
         copies = copies_for(dense.nbytes, device)
         weights = [dense, *(dense.clone() for _ in range(copies - 1))]
         for m in counts:
-            x = torch.randn(m, shape[1], device=device, dtype=dtype)
-            found = ways(shape, m, dtype, device)
-            calls = {"dense": dense_call(x, weights)} | {
-                name: eight_bit_call(x, *way, copies) for name, way in found.items()
+            try:
+                found = list(rows_of(shape, m, dtype, device, weights))
+            except FAILURES as error:
+                journal.skip(what | {"m": m}, f"{type(error).__name__}: {error}")
+                continue
+            journal.rows += found
+            journal.write()
+
+
+def rows_of(
+    shape: Shape, m: int, dtype: torch.dtype, device: torch.device, weights: list[Tensor]
+) -> Iterator[dict[str, object]]:
+    """All ways in turns; one that fails here is told, the others go on."""
+    x, copies = torch.randn(m, shape[1], device=device, dtype=dtype), len(weights)
+    found = ways(shape, m, dtype, device)
+    calls = {"dense": dense_call(x, weights)}
+    for name, way in found.items():
+        try:
+            calls[name] = eight_bit_call(x, *way, copies)
+            calls[name](0)
+        except FAILURES as error:
+            del calls[name]
+            yield {
+                "way": name,
+                "n": shape[0],
+                "k": shape[1],
+                "m": m,
+                "failed": f"{type(error).__name__}: {error}"[:300],
             }
-            times = compare(calls, copies, device)
-            for name, timing in times.items():
-                row = {"way": name, "n": shape[0], "k": shape[1], "m": m} | timing.row()
-                row["of_dense"] = times["dense"].median / timing.median
-                row["tflop_per_s"] = 2 * m * shape[0] * shape[1] / timing.median / 1e12
-                yield row | ({"error": error_of(x, *found[name])} if name in found else {})
+    times = compare(calls, copies, device)
+    for name, timing in times.items():
+        row = {"way": name, "n": shape[0], "k": shape[1], "m": m} | timing.row()
+        row["of_dense"] = times["dense"].median / timing.median
+        row["tflop_per_s"] = 2 * m * shape[0] * shape[1] / timing.median / 1e12
+        yield row | ({"error": error_of(x, *found[name])} if name in found else {})
 
 
 def dense_call(x: Tensor, weights: list[Tensor]) -> Call:
@@ -95,28 +126,27 @@ def error_of(x: Tensor, fmt: QuantFormat, parts: Parts, way: Product) -> float:
 
 
 @torch.inference_mode()
-def run(device: torch.device, small: bool = False) -> dict[str, object]:
-    return {"rows": list(measure(device, small))}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after them")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = run(device, args.small)
+    journal = Journal("products8", args.seconds, args.save)
+    measure(journal, device, args.small)
+    journal.write()
     table = Table(title=f"8-bit products on {device_name()}")
     for column in ("way", "N", "K", "M", "us", "of dense", "TFLOP/s", "error"):
         table.add_column(column, justify="right")
-    for row in result["rows"]:
+    for row in (row for row in journal.rows if "us" in row):
         place = (str(row[key]) for key in ("way", "n", "k", "m"))
         error = f"{row['error']:.1e}" if "error" in row else ""
         table.add_row(*place, f"{row['us']:.1f}", f"{row['of_dense']:.2f}", f"{row['tflop_per_s']:.2f}", error)
     Console(width=100).print(table)
     if args.save:
-        print(f"wrote {write_result('products8', result)}", file=sys.stderr)
-    return 0
+        print(f"wrote {journal.path}", file=sys.stderr)
+    return 0 if journal.rows else 1
 
 
 if __name__ == "__main__":

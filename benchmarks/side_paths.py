@@ -7,22 +7,24 @@ products, r (N + K) / N K; `cost` what it adds to the time of the layer; `times`
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from flux_quant.benchmarks.machine import device_name, write_result
+from flux_quant.benchmarks.journal import FAILURES, Journal
+from flux_quant.benchmarks.random_weights import on_device, random_parts
 from flux_quant.benchmarks.timing import compare, copies_for
 from flux_quant.converters.lora_names import TRANSFORMER
 from flux_quant.converters.lora_records import Lora, Record
-from flux_quant.formats import FORMATS
-from flux_quant.linear import QuantLinear, repack_
+from flux_quant.linear import QuantLinear
 from flux_quant.lora import apply_
 
 LAYERS = {"proj": (3072, 3072), "qkv": (9216, 3072), "linear1": (21504, 3072), "linear2": (3072, 15360)}
 SMALL = {"qkv": (768, 256)}
 RANKS = (16, 64, 128)
+ONE_LAYER = 4.0  # seconds that have to be left
 
 
 def lora_for(shape: tuple[int, int], rank: int) -> Lora:
@@ -34,8 +36,8 @@ def lora_for(shape: tuple[int, int], rank: int) -> Lora:
 
 def packed(shape: tuple[int, int], form: str, device: torch.device) -> QuantLinear:
     """Random values, in the order that the device loads fastest."""
-    weight = torch.randn(shape[0], shape[1]) / shape[1] ** 0.5
-    return repack_(QuantLinear.from_float(weight, torch.zeros(shape[0]), FORMATS[form]).to(device))
+    fmt = on_device(form, device)
+    return QuantLinear.from_parts(fmt, random_parts(fmt, shape, device), torch.zeros(shape[0], device=device))
 
 
 def measure(shape: tuple[int, int], form: str, rows: int, device: torch.device, dtype: torch.dtype) -> list[dict]:
@@ -62,24 +64,36 @@ def measure(shape: tuple[int, int], form: str, rows: int, device: torch.device, 
     return out
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4608)
     parser.add_argument("--formats", default="bf16,q8_0,q4_k")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no layer after them")
     parser.add_argument("--small", action="store_true", help="small layers, few rows")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows, result = 64 if options.small else options.rows, {}
+    rows, layers = 64 if options.small else options.rows, {}
+    journal = Journal("side_paths", options.seconds, options.save, facts={"rows_of_input": rows, "layers": layers})
     for form in options.formats.split(","):
         for name, shape in (SMALL if options.small else LAYERS).items():
-            result[f"{form} {name}"] = found = measure(shape, form, rows, device, dtype)
+            what = {"format": form, "layer": name}
+            if journal.left < ONE_LAYER:
+                journal.skip(what, "no time was left")
+                continue
+            try:
+                layers[f"{form} {name}"] = found = measure(shape, form, rows, device, dtype)
+            except FAILURES as error:
+                journal.skip(what, f"{type(error).__name__}: {error}")
+                continue
+            journal.write()
             text = ", ".join(f"rank {row['rank']}: {row['cost']:.1%} for {row['share']:.1%}" for row in found)
             print(f"{form} {name}: {found[0]['alone']['us']:.0f} us alone; {text}")
     if options.save:
-        print(f"wrote {write_result('side_paths', {'device': device_name(), 'rows': rows, 'layers': result})}")
+        print(f"wrote {journal.path}")
+    return 0 if layers else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,13 +9,13 @@ from where `ship_table` puts it into the package.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from flux_quant.benchmarks.kernels import copies_of, formats
+from flux_quant.benchmarks.kernels import copies_of, formats, in_order
 from flux_quant.benchmarks.machine import device_name, write_result
 from flux_quant.benchmarks.timing import compare
 from flux_quant.errors import UserError
@@ -24,12 +24,6 @@ from flux_quant.kernels import fallback, tables
 
 LAYER = (9216, 3072)  # qkv of a double block
 ROUNDS = 3
-FIRST = ("q8_0", "q4_k", "fp8", "q5_k", "q6_k", "q4_0", "int8")  # what most files are in; the others after them
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """The most important formats first."""
-    return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 @torch.inference_mode()

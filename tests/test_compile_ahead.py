@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from flux_quant.benchmarks import compile_ahead, step, tune  # noqa: E402 - needs triton
+from flux_quant.benchmarks import compile_ahead, kernels, step  # noqa: E402 - needs triton
 
 HERE = Path(__file__).parent
 COMPILING = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
@@ -57,10 +57,8 @@ def test_every_walk_can_be_gone():
 
 def test_jobs_cover_the_formats_that_are_measured_important_ones_first():
     jobs = compile_ahead.jobs(["tune"])
-    assert [job.name for job in jobs[:: compile_ahead.SHARES]][: len(tune.FIRST)] == list(tune.FIRST)
-    from flux_quant.benchmarks.kernels import formats
-
-    assert {job.name for job in jobs} == {*formats(torch.device("cuda")), "int8"}
+    assert [job.name for job in jobs[:: compile_ahead.SHARES]][: len(kernels.FIRST)] == list(kernels.FIRST)
+    assert {job.name for job in jobs} == {*kernels.formats(torch.device("cuda")), "int8"}
     assert {job.name for job in compile_ahead.jobs(["step"])} == {name.split("+")[0] for name in step.FORMATS}
     shares = [job.share for job in jobs if job.name == "q4_k"]
     assert shares == [(i, compile_ahead.SHARES) for i in range(compile_ahead.SHARES)]
