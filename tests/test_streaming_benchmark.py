@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_quant.benchmarks import aims, gpu, offloaders, stage, streaming, text_and_vae
+from flux_quant.benchmarks import aims, gpu, offloader_ways, offloaders, stage, streaming, text_and_vae
 from flux_quant.benchmarks.journal import Journal
 from flux_quant.benchmarks.links import HostLink, Slower, Synchronous, rate_of
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE
@@ -164,9 +164,9 @@ def test_the_vae_is_the_one_of_flux():
 def test_others_have_the_same_transformer():
     from diffusers import FluxTransformer2DModel
 
-    config = offloaders.config_of(DEV, (DOUBLE, SINGLE))
+    config = offloader_ways.config_of(DEV, (DOUBLE, SINGLE))
     with torch.device("meta"):
-        theirs, ours = FluxTransformer2DModel(**offloaders.diffusers_config(config)), Flux(config)
+        theirs, ours = FluxTransformer2DModel(**offloader_ways.diffusers_config(config)), Flux(config)
     count = sum(parameter.numel() for parameter in theirs.parameters())
     assert count == sum(parameter.numel() for parameter in ours.parameters()) > 11.9e9
 
@@ -174,7 +174,7 @@ def test_others_have_the_same_transformer():
 @needs_diffusers
 def test_a_way_of_others_runs_in_a_process_of_its_own(tmp_path: Path):
     journal = Journal("offloaders", 300, True, tmp_path)
-    offloaders.run_way("diffusers group offloading, block", journal, small=True)
+    offloaders.run_way("diffusers group offloading, block", journal, small=True, folder=tmp_path)
     (row,) = read(journal)["rows"]
     assert row["way"] == "diffusers group offloading, block" and row["vram"] == "4GB" and row["seconds"] > 0
     assert not read(journal)["skipped"]
@@ -182,16 +182,16 @@ def test_a_way_of_others_runs_in_a_process_of_its_own(tmp_path: Path):
 
 def test_a_way_that_fails_is_named(tmp_path: Path):
     journal = Journal("offloaders", 300, True, tmp_path)
-    offloaders.run_way("nobody's", journal, small=True)
+    offloaders.run_way("nobody's", journal, small=True, folder=tmp_path)
     assert "nobody" in read(journal)["skipped"][0]["why"]
 
 
 def test_the_file_for_gguf_readers_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     narrow = dict(DEV, hidden=256, mlp=1024, context=256, head_dim=64)
-    monkeypatch.setattr(offloaders, "DEV", narrow)
-    config = offloaders.write_gguf(tmp_path / "it.gguf", small=True)
+    monkeypatch.setattr(offloader_ways, "DEV", narrow)
+    config = offloader_ways.write_gguf(tmp_path / "it.gguf", small=True)
     model = load_flux(tmp_path / "it.gguf")
-    assert model.config == config and model.double_blocks[0].img_attn.qkv.fmt.name == offloaders.GGUF_FORMAT
+    assert model.config == config and model.double_blocks[0].img_attn.qkv.fmt.name == offloader_ways.GGUF_FORMAT
     with torch.device("meta"):
         expected = sum(prod(parameter.shape) for parameter in Flux(config).parameters())
     linears = [layer for layer in model.modules() if hasattr(layer, "in_features")]

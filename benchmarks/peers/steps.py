@@ -14,7 +14,7 @@ from torch import Tensor
 from flux_quant.arch import FluxConfig
 from flux_quant.benchmarks.bench.models import full_size
 from flux_quant.benchmarks.bench.record import OURS, Scalar
-from flux_quant.benchmarks.offloaders import diffusers_config
+from flux_quant.benchmarks.offloader_ways import diffusers_config
 from flux_quant.benchmarks.peers import sdcpp_files
 from flux_quant.benchmarks.peers.contest import Contest, Crew, Entry
 from flux_quant.benchmarks.random_weights import write_random

@@ -36,13 +36,13 @@ def cases(asked: Asked) -> Iterator[Case]:
         yield from (case for case in contest.cases() if wanted(case, formats))
     files = (case for contest in conversions.contests(asked.quick, wide) for case in contest.cases())
     converted = [case for case in files if wanted(case, formats)]
-    streamed = [offload(way, name, asked.device) for way, name in OFFLOADERS.items()]
+    streamed = [offload(way, name, asked) for way, name in OFFLOADERS.items()]
     yield from (*streamed, *converted) if asked.device == "cuda" else (*converted, *streamed)
 
 
-def offload(way: str, name: str, device: str) -> Case:
+def offload(way: str, name: str, asked: Asked) -> Case:
     what = {"work": "offload", "way": way}
-    return Case(what, partial(offloaded, way, device), subject_of(PEERS[name]), needs=WAY_SECONDS)
+    return Case(what, partial(offloaded, way, asked), subject_of(PEERS[name]), needs=WAY_SECONDS)
 
 
 def in_order(layers: list[Contest], whole: list[Contest], device: str) -> Iterator[Contest]:
@@ -55,11 +55,12 @@ def wanted(case: Case, formats: tuple[str, ...]) -> bool:
     return not formats or case.what.get("format", formats[0]) in formats
 
 
-def offloaded(way: str, device: str) -> Row:
+def offloaded(way: str, asked: Asked) -> Row:
     """The row of the smallest cap that a way runs under, by `benchmarks.offloaders` in a process of its own."""
-    if device != "cuda":
+    if asked.device != "cuda":
         raise RuntimeError(PEERS[OFFLOADERS[way]].refusal)
-    command = [sys.executable, "-I", "-m", "flux_quant.benchmarks.offloaders", "--way", way]
+    small = ["--small"] if asked.quick else []
+    command = [sys.executable, "-I", "-m", "flux_quant.benchmarks.offloaders", "--way", way, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAY_SECONDS)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     ran = next((row for row in rows if "seconds" in row), None)
