@@ -1,5 +1,6 @@
 """Peers: every one has its row, runs in turns with ours, says why where it cannot; what its numbers are read from."""
 
+import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import pretended_cuda
 from torch import Tensor
 
 from flux_quant.benchmarks.bench.record import OURS, Row
-from flux_quant.benchmarks.bench.runner import groups
+from flux_quant.benchmarks.bench.runner import LACK, groups
 from flux_quant.benchmarks.bench.suite import Asked
 from flux_quant.benchmarks.peers import SUITE, conversions, environments, linears, sdcpp_files, steps
 from flux_quant.benchmarks.peers.catalogue import PEERS
-from flux_quant.benchmarks.peers.contest import HERE, Worker
+from flux_quant.benchmarks.peers.contest import HERE, Contest, Crew, Entry, Worker
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.errors import UserError
 
@@ -170,3 +172,113 @@ def test_a_step_is_judged_against_ours(tmp_path):
         torch.save({"picture": sdcpp_files.shown(right).round().to(torch.uint8)}, tmp_path / name)
     assert steps.judge(shared, theirs, tmp_path / "right")["off_ours"] < 0.02
     assert steps.judge(shared, theirs, tmp_path / "wrong")["off_ours"] > 0.2
+
+
+ON_DEVICE = Asked(device="cuda", quick=True)
+
+
+def test_on_a_device_every_way_has_its_row():
+    cases = list(SUITE.cases(ON_DEVICE))
+    types = {case.what["type"] for case in cases if case.what["work"] == "linear"}
+    assert {how for bits in linears.BITS for _, how in linears.ON_CUDA[bits]} <= types
+    assert not types & set(linears.NEEDS_MORE)
+    keys = Counter(Row(case.what, case.subject).key for case in cases)
+    assert max(keys.values()) == 1
+    works = list(dict.fromkeys(case.what["work"] for case in SUITE.cases(Asked(device="cuda"))))
+    assert works == ["linear", "step", "offload", "convert"], "the more telling ones first"
+
+
+def test_crews_are_kept_for_all_sizes_of_a_width():
+    found = linears.contests("cuda", small=False)
+    assert len(found) == len(linears.SIZES["cuda"]) * len(linears.BITS)
+    assert len({id(contest.crew) for contest in found}) == len(linears.BITS)
+    apart = linears.contests("cpu", small=True)
+    assert len({id(contest.crew) for contest in apart}) == len(apart)
+
+
+def crewed(crew: Crew, entries: list[Entry], number: int) -> Contest:
+    def material(folder: Path) -> dict:
+        path = folder / "linear.pt"
+        weight = linears.student((16, 32))
+        torch.save({"weight": weight, "input": torch.ones(8, 32), "packed": {}}, path)
+        return {"kind": "linear", "material": str(path), "device": "cpu", "dtype": "float32"}
+
+    return Contest({"work": "linear", "number": number}, entries, material, lambda *_: {}, 1.0, crew)
+
+
+def test_a_crew_works_on_one_contest_after_the_other():
+    """Its processes live until the last one ends; one that fails costs itself alone, and ours has to begin."""
+    crew = Crew()
+    contests = [
+        crewed(crew, [Entry("torch", {"type": how}, {"how": how}) for how in ("float32", "bfloat16")], number)
+        for number in range(2)
+    ]
+    contests[0].entries[1].task = {"how": "float32", "material": "nowhere"}
+    try:
+        first, second = contests[0].cases()
+        with pytest.raises(RuntimeError, match=LACK):
+            second.work()
+        row = first.work()
+        assert row.values["weight_snr_db"] is None and "begun_bytes" not in row.values
+        with pytest.raises(RuntimeError, match="nowhere"):
+            second.work()
+        worker = contests[0].entries[0].worker
+        first.close()
+        assert worker.process.poll() is None
+        assert contests[1].cases()[0].work().samples and contests[1].entries[0].worker is worker
+    finally:
+        for contest in contests:
+            contest.close()
+    assert worker.process.poll() == 0 and not crew.workers
+
+
+def test_a_worker_that_takes_too_long_says_so(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    peer = environments.Peer("slow", "", "torch", str(tmp_path / "slow"))
+    worker = Worker(sys.executable, peer, 1, tmp_path / "log", longest=0.2)
+    worker.begin({"kind": "step"})
+    with pytest.raises(RuntimeError, match="longer than 0 s"):
+        worker.ready()
+    worker.close()
+    assert worker.process.poll() not in (None, 0)
+
+
+def module(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+IN_PROCESS = {"flux_quant": "ours", "torch": "dense", "torch chain": "chain", "diffusers": "diffusers_gguf"}
+PACKAGES = {"diffusers": ("diffusers", "gguf", "accelerate")}
+
+
+@pytest.mark.parametrize(
+    ("bits", "peer", "how"),
+    [
+        (bits, entry.peer, entry.task["how"])
+        for bits in linears.BITS
+        for entry in linears.entries(bits, "cuda", "bfloat16")
+        if entry.peer in IN_PROCESS and not entry.task["how"].endswith(linears.COMPILED)
+    ],
+)
+def test_layers_on_a_pretended_device(tmp_path, monkeypatch, bits, peer, how):
+    """Weights and inputs are on the device and in BF16, and what comes out is the weight that went in."""
+    for package in PACKAGES.get(peer, ()):
+        pytest.importorskip(package)
+    monkeypatch.setenv("FLUX_QUANT_DISABLE_TRITON", "1")
+    monkeypatch.setattr(linears, "DISTINCT", 64)
+    worker, runner = module(HERE / "worker.py"), module(HERE / "runners" / f"{IN_PROCESS[peer]}.py")
+    monkeypatch.setattr(worker, "ENOUGH", 1e-4)
+    contest = linears.contest(((128, 256), 256), bits, "cuda", Crew())
+    with pretended_cuda(), torch.no_grad():
+        shared = contest.material(tmp_path)
+        once, found = worker.prepared(runner, {**shared, "how": how})
+        memory = worker.memory(torch.device("cuda"))
+        seconds, told = once(), found()
+    assert set(seconds) == {"seconds", "device_seconds"} and min(seconds.values()) > 0
+    assert memory["allocated"] > told["bytes"]
+    least = {"8": 40, "fp8": 30, "4": 18}[bits]
+    assert told["weight_snr_db"] is None if how == "bfloat16" else told["weight_snr_db"] > least
+    assert told["own_snr_db"] > (25 if " as " in how else 45)
