@@ -134,7 +134,7 @@ def watch(seconds: float) -> None:
     """Ends this process after so many seconds, whatever it is doing: what is in OUT was complete after each part."""
 
     def end() -> None:
-        print(f"ended after {seconds:.0f} s: a part hangs", file=sys.stderr, flush=True)
+        print(f"ended after {seconds:.0f} s: a part takes longer than it may", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

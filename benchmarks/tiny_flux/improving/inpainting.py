@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_quant.benchmarks.tiny_flux import inpainting
-from flux_quant.benchmarks.tiny_flux.emoji import SIZE, EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.emoji import SIZE, Scene
 from flux_quant.benchmarks.tiny_flux.evaluate import case
 from flux_quant.benchmarks.tiny_flux.evaluate_inpainting import NET
-from flux_quant.benchmarks.tiny_flux.improving.scenes import mapped, row_of, scene_of
+from flux_quant.benchmarks.tiny_flux.improving.rows import mapped, packed_masks, row_of
 from flux_quant.benchmarks.tiny_flux.improving.steps import Deadline, Learned, Rates, Stepper, learn
 from flux_quant.benchmarks.tiny_flux.improving.verdict import Outcome, compare
 from flux_quant.benchmarks.tiny_flux.improving.workshop import CHOOSING, DRAWN, GUIDANCE, Workshop, noise_of, say
@@ -29,7 +29,7 @@ from flux_quant.benchmarks.tiny_flux.inpainting import (
     masked_psnr,
     weights_of,
 )
-from flux_quant.benchmarks.tiny_flux.masks import around_emoji, random_mask
+from flux_quant.benchmarks.tiny_flux.masks import around_emoji
 from flux_quant.benchmarks.tiny_flux.networks import CONFIG, Bundle
 from flux_quant.benchmarks.tiny_flux.train import GUIDANCE as RANGE
 from flux_quant.benchmarks.tiny_flux.train import shifted_uniform
@@ -58,15 +58,6 @@ def float_net(path: Path) -> ControlNet:
     net = ControlNet(ControlNetConfig.from_shapes(shapes_of(reader), CONFIG))
     net.load_state_dict({name: load(reader, name) for name in net.state_dict()})
     return net
-
-
-def packed_masks(world_file: Path, piece: tuple[int, list[list[int]]]) -> np.ndarray:
-    """Masks of scenes, (scenes, 1152) uint8: a bit for each pixel. piece: a seed and rows of scenes."""
-    world = EmojiWorld.__new__(EmojiWorld)
-    vars(world)["sprites"] = np.load(world_file, mmap_mode="r")
-    world.names = [""] * len(world.sprites)
-    rng = np.random.default_rng(piece[0])
-    return np.packbits([random_mask(rng, world, scene_of(row)).ravel() for row in piece[1]], axis=1)
 
 
 def make_masks(shop: Workshop, rows: Tensor, file: Path) -> np.ndarray:

@@ -129,7 +129,7 @@ def texts_of(bundle: Bundle, cases: Sequence[Case]) -> Conditioning:
 
 def outcome(shop: Workshop, bundle: Bundle) -> Outcome:
     """What a model draws for the captions to choose by."""
-    cases = choosing_cases(shop.world, shop.sizes.choosing)
+    cases = choosing_cases(shop.world, shop.sizes.choosing, shop.sizes.asked)
     noise = noise_of(len(cases), shop.device)
     drawn = shop.draw(bundle.flux, texts_of(bundle, cases), noise, shop.sizes.steps)
     return shop.judged(cases, shop.pictures(drawn))

@@ -7,48 +7,20 @@ Letters: B scenes.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flux_quant.benchmarks.tiny_flux.autoencoder import Autoencoder
-from flux_quant.benchmarks.tiny_flux.emoji import (
-    COLOUR_NAMES,
-    COLOURS,
-    OFFSETS,
-    POSITIONS,
-    SIZE,
-    TILTS,
-    WIDTHS,
-    EmojiWorld,
-    Scene,
-    sprites_of,
-)
+from flux_quant.benchmarks.tiny_flux.emoji import COLOUR_NAMES, COLOURS, OFFSETS, POSITIONS, SIZE, EmojiWorld, Scene
+from flux_quant.benchmarks.tiny_flux.improving.rows import COLUMNS, SIZES
 from flux_quant.benchmarks.tiny_flux.networks import Bundle
 from flux_quant.benchmarks.tiny_flux.tokenizers import T5_LENGTH
 from flux_quant.model import pack_latents
 
-SIZES = tuple(WIDTHS)
-COLUMNS = {  # of a row, with what its numbers stand for; the first is the emoji's
-    "size": SIZES,
-    "position": POSITIONS,
-    "colour": COLOUR_NAMES,
-    "mirrored": (False, True),
-    "tilt": TILTS,
-}
 SMALL, WHITE = SIZES.index("small"), COLOUR_NAMES.index("white")
 ENCODED = 256  # pictures at a time
-
-
-def row_of(scene: Scene) -> list[int]:
-    return [scene.emoji, *(values.index(getattr(scene, name)) for name, values in COLUMNS.items())]
-
-
-def scene_of(row: list[int]) -> Scene:
-    return Scene(row[0], *(values[i] for i, values in zip(row[1:], COLUMNS.values(), strict=True)))
 
 
 def chances_of(rows: Tensor) -> Tensor:
@@ -65,21 +37,6 @@ def smaller(world: EmojiWorld, count: int) -> EmojiWorld:
     found = EmojiWorld.__new__(EmojiWorld)
     found.names, found.bitmaps = world.names[:count], world.bitmaps[:count]
     return found
-
-
-def mapped(workers: int, function: Callable, items: list, chunk: int = 16) -> list:
-    """function of each item, by so many processes; begun anew, as a process that has a GPU must not be forked."""
-    if workers < 2:
-        return [function(item) for item in items]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(function, items, chunksize=chunk))
-
-
-def make_sprites(world: EmojiWorld, workers: int) -> np.ndarray:
-    """`world.sprites`, made by several processes, and kept by the world."""
-    if "sprites" not in vars(world):
-        vars(world)["sprites"] = np.stack(mapped(workers, sprites_of, world.bitmaps))
-    return world.sprites
 
 
 class Painter:

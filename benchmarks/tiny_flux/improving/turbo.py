@@ -140,7 +140,7 @@ class Bench:
     shop: Workshop
 
     def __post_init__(self) -> None:
-        self.cases = choosing_cases(self.shop.world, self.shop.sizes.choosing)
+        self.cases = choosing_cases(self.shop.world, self.shop.sizes.choosing, self.shop.sizes.asked)
         self.text = texts_of(self.shop.bundle, self.cases)
         self.noise = noise_of(len(self.cases), self.shop.device, NOISE)
         self.many = self.pictures(self.shop.bundle.flux, FINE)

@@ -16,12 +16,11 @@ from flux_quant.benchmarks.tiny_flux.autoencoder import Autoencoder, load_autoen
 from flux_quant.benchmarks.tiny_flux.emoji import COLOUR_NAMES, POSITIONS, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.evaluate import Case, case, held_out_cases, named_cases
 from flux_quant.benchmarks.tiny_flux.evaluate_turbo import NOISE, tasks_of
+from flux_quant.benchmarks.tiny_flux.improving.rows import make_sprites, row_of
 from flux_quant.benchmarks.tiny_flux.improving.scenes import (
     Captions,
     Catalogue,
     Painter,
-    make_sprites,
-    row_of,
     smaller,
 )
 from flux_quant.benchmarks.tiny_flux.improving.steps import Deadline
@@ -57,10 +56,11 @@ class Sizes:
     steps: int = 20  # of pictures to choose by
     decoded: int = 512  # pictures that a decoder is chosen by
     least: int = 0  # steps of training, however slow
+    asked: int | None = None  # kinds of captions to choose by; the judge renders 4,920 pictures for each
 
 
 GPU = Sizes()
-CPU = Sizes(None, 4000, 64, 128, 16, 32, 8, 256, 24, 2000, 1, 48, 12, 64)
+CPU = Sizes(None, 4000, 64, 128, 16, 32, 8, 256, 24, 2000, 8, 48, 12, 64, 0, 4)
 SMALL = Sizes(8, 32, 8, 8, 4, 4, 2, 8, 8, 16, 1, 4, 3, 8, 2)
 
 
@@ -144,15 +144,20 @@ def encode_latents(shop: Workshop, deadline: Deadline) -> None:
     shop.catalogue.encode(shop.painter, shop.autoencoder, lambda: deadline.left > 0)
 
 
-def choosing_cases(world: EmojiWorld, scale: int) -> list[Case]:
-    """Captions that name everything, in part combinations never shown: none of the committed evaluation."""
+def choosing_cases(world: EmojiWorld, scale: int, asked: int | None = None) -> list[Case]:
+    """Captions that name everything, in part combinations never shown: none of the committed evaluation.
+
+    asked: so many kinds of captions only, by what they ask for.
+    """
     if len(world) < 2 * len(COLOUR_NAMES):  # too few for every combination
         scenes = [Scene(e, "large", POSITIONS[0], COLOUR_NAMES[e % 2], False, 0) for e in range(len(world))]
         return [case(world, scene) for scene in scenes]
     rng = np.random.default_rng(CHOOSING)
     seen = {task.case for task in tasks_of(world, COMMITTED)}
     found = [*named_cases(world, rng, scale), *held_out_cases(world, rng, 4 * scale)]
-    return [one for one in dict.fromkeys(found) if one not in seen]
+    kinds = list(dict.fromkeys(one.asked for one in found))
+    kinds = set(kinds if asked is None else kinds[:: -(-len(kinds) // asked)])
+    return [one for one in dict.fromkeys(found) if one not in seen and one.asked in kinds]
 
 
 def noise_of(count: int, device: torch.device, seed: int = CHOOSING) -> Tensor:
