@@ -32,6 +32,7 @@ def main() -> int:
     seconds = args.seconds or (60 if args.small else 150)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = Asked(device=device, quick=args.small, repeats=2 if args.small else args.repeats)
+    sys.argv[1:] = ["bench", "peers", "--minutes", f"{seconds / 60:g}", "--device", device]  # what it is kept under
     with tempfile.TemporaryDirectory(prefix="flux-quant-peers-") as unsaved:
         folder = RESULTS if args.save else Path(unsaved)
         session = Session(asked, folder, seconds, args.resume, watcher=Telling())

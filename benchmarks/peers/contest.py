@@ -28,7 +28,7 @@ RATIOS = {  # by the clock; of the processor, if others use it; of the device by
     "device_seconds": "device_times_ours",
 }
 COMPLAINTS = ("wrong shape", "not in model file", "GGML_ASSERT")
-LONGEST = {"cpu": 600.0, "cuda": 60.0}  # seconds that a worker may take for an answer; a GPU is not held for longer
+LONGEST = {"cpu": 600.0, "cuda": 50.0}  # seconds that a worker may take for an answer; a GPU is not held for longer
 TOGETHER = 2.0  # seconds of a first turn where everybody has prepared before
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # nobody asks the network; many compile at once
 
