@@ -7,10 +7,12 @@
 The model is converted to the format and stays packed; gradients pass through it to the factors, nothing else is
 trained. The pictures to learn from are the model's own, recoloured: one scale from deep blue to white. Prompts of the
 test are not among those of the training. Writes the LoRA in kohya's and in diffusers' form, a sheet of pictures
-(without, with, wanted), and prints how far from the wanted pictures those without and with it are.
+(without, with, wanted), and prints how far from the wanted pictures those without and with it are; `--save` keeps that
+in benchmarks/results/, beside what other formats had on the same day.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flux_quant.benchmarks.bench import models, places
+from flux_quant.benchmarks.bench.record import Row, Run, read_run, write_run
+from flux_quant.benchmarks.bench.runner import put
+from flux_quant.benchmarks.bench.suite import Asked
+from flux_quant.benchmarks.machine import RESULTS, fingerprint, now, result_path
 from flux_quant.components import BUNDLED, Components, find_components
 from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
@@ -133,12 +140,13 @@ def train(
     return applied, losses
 
 
-def save(applied: Applied, hidden: int, out: Path, stem: str) -> list[Path]:
+def save(applied: Applied, hidden: int, out: Path, stem: str) -> dict[str, Path]:
+    """Files by their form."""
     factors = factors_of(applied)
     forms = {"kohya": kohya(factors, {}), "diffusers": peft(factors, hidden)}
-    paths = [out / f"{stem}-{name}.safetensors" for name in forms]
-    for path, tensors in zip(paths, forms.values(), strict=True):
-        write_lora(path, tensors, "bf16", {"flux_quant.example": "train_lora"}, force=True)
+    paths = {name: out / f"{stem}-{name}.safetensors" for name in forms}
+    for name, tensors in forms.items():
+        write_lora(paths[name], tensors, "bf16", {"flux_quant.example": "train_lora"}, force=True)
     return paths
 
 
@@ -152,6 +160,19 @@ def sheet(rows: list[Tensor], path: Path) -> None:
     to_images(wide[None])[0].save(path)
 
 
+def keep(row: Row, folder: Path = RESULTS) -> Path:
+    """The row in the day's file of this machine, in the place of one of the same case."""
+    machine = fingerprint()
+    path = result_path("train_lora", folder, str(machine["date"])[:10])
+    row.rerun = places.command(sys.argv[1:], ("python", "examples/train_lora.py"))
+    run = Run("train_lora", row.rerun, now(), models.weights_of(Asked()), machine)
+    if path.exists():
+        run.rows = read_run(path).rows
+    put(run.rows, row)
+    write_run(run, path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="q8_0")
@@ -160,6 +181,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=84)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     components, begin = find_components(BUNDLED), time.perf_counter()
@@ -169,19 +191,31 @@ def main() -> None:
     data = make_data(model, components, requests_for(NAMES, options.pictures, 12))
     tests = requests_for(TESTED, 2 * len(TESTED), 12)
     plain = draw(model, components, tests)[1]
-    print(f"{len(data.latents)} pictures drawn and recoloured after {time.perf_counter() - begin:.0f} s")
+    drawn = time.perf_counter() - begin
+    print(f"{len(data.latents)} pictures drawn and recoloured after {drawn:.0f} s")
     applied, losses = train(model, data, options.steps, options.rank, options.batch)
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    print(f"loss {first:.3f} -> {last:.3f} after {time.perf_counter() - begin:.0f} s")
+    trained = time.perf_counter() - begin
+    print(f"loss {first:.3f} -> {last:.3f} after {trained:.0f} s")
     paths = save(applied, model.config.hidden, options.out, f"cyanotype-{options.format}")
     wanted = cyanotype(plain)
-    for path in paths:
+    values = {"loss_first": first, "loss_last": last, "tested": len(tests), "rms_without": distance(plain, wanted)}
+    for form, path in paths.items():
         remove_(model)
         apply_(model, [(read_lora(path, shapes_in(model)), 1.0)])
         learned = draw(model, components, tests)[1]
-        print(f"{path}: {distance(learned, wanted):.3f} from what is wanted, without it {distance(plain, wanted):.3f}")
+        values[f"rms_with_{form}"] = distance(learned, wanted)
+        print(f"{path}: {values[f'rms_with_{form}']:.3f} from what is wanted, without it {values['rms_without']:.3f}")
     sheet([plain, learned, wanted], options.out / f"cyanotype-{options.format}.png")
+    if options.save:
+        what = {name: getattr(options, name) for name in ("format", "rank", "steps", "pictures", "batch")}
+        samples = {
+            "seconds": [time.perf_counter() - begin],
+            "drawing_seconds": [drawn],
+            "training_seconds": [trained - drawn],
+        }
+        print(f"wrote {keep(Row(what, samples=samples, values=values))}")
 
 
 if __name__ == "__main__":

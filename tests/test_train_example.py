@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flux_quant.benchmarks import machine
+from flux_quant.benchmarks.bench.record import Row, read_run
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.converters.conversion import Conversion
 from flux_quant.converters.convert import run
@@ -44,7 +46,7 @@ def test_a_few_steps(example, tmp_path, form):
     tests = example.requests_for(example.TESTED, 2, 2)
     learned = example.draw(model, components, tests)[1]
     loaded = []
-    for path in example.save(applied, model.config.hidden, tmp_path, "x"):
+    for path in example.save(applied, model.config.hidden, tmp_path, "x").values():
         remove_(model)
         apply_(model, [(read_lora(path, shapes_in(model)), 1.0)])
         loaded.append(example.draw(model, components, tests)[1])
@@ -61,3 +63,35 @@ def test_colours(example):
         torch.testing.assert_close(found, torch.tensor(colour), atol=1e-4, rtol=0)
     prompts = [request.prompt for request in example.requests_for(example.NAMES, 84, 1)]
     assert len(set(prompts)) > 60 and not any(name in prompt for name in example.TESTED for prompt in prompts)
+
+
+def committed() -> dict[str, dict]:
+    """Format -> the row of the newest committed result."""
+    paths = machine.RESULTS.glob("cpu-*/*-train_lora.json")
+    run = read_run(max(paths, key=lambda path: path.name))
+    return {row.what["format"]: row for row in run.rows if row.what["steps"] == 300}
+
+
+def test_the_document_has_the_committed_figures():
+    text = " ".join((EXAMPLE.parents[1] / "docs" / "lora.md").read_text().split())
+    rows = committed()
+    q8, q4 = rows["q8_0"], rows["q4_k_s"]
+    for row in (q8, q4):
+        v = row.values
+        assert (row.what["rank"], v["tested"]) == (8, 8) and v["rms_with_kohya"] == pytest.approx(
+            v["rms_with_diffusers"], rel=1e-3
+        )
+    assert (
+        f"then {q8.values['rms_with_kohya']:.2f} from what is wanted (root mean square, of 1), and "
+        f"{q8.values['rms_without']:.2f} without the LoRA on Q8_0 ({q8.seconds():.0f} s on one core), "
+        f"{q4.values['rms_with_kohya']:.2f} and {q4.values['rms_without']:.2f} on Q4_K_S ({q4.seconds():.0f} s)"
+    ) in text
+
+
+def test_rows_of_several_formats_stand_in_one_file(example, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--format", "q8_0", "--out", "/scratch/ann/x", "--save"])
+    for name, seconds in (("q8_0", 3.0), ("q4_k_s", 4.0), ("q8_0", 5.0)):
+        path = example.keep(Row({"format": name}, samples={"seconds": [seconds]}), tmp_path)
+    run = read_run(path)
+    assert [(row.what["format"], row.seconds()) for row in run.rows] == [("q8_0", 5.0), ("q4_k_s", 4.0)]
+    assert run.command == run.rows[0].rerun == "python examples/train_lora.py --format q8_0 --save"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTPUT = ("--output", "-o")  # says where a result goes, nothing of how it came about
+OUTPUT = ("--output", "-o", "--out")  # says where a result goes, nothing of how it came about
 FILES = ("--model", "-m")
 ENDS = r"\s'\"<>|,;:()\[\]{}"  # characters that no path in a message goes on behind
 PATH = re.compile(
@@ -41,9 +41,9 @@ def cleaned(content: Any) -> Any:
     return told(content) if isinstance(content, str) else content
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command of these arguments of flux-quant, without where its output goes."""
-    kept, rest = ["flux-quant"], iter(arguments)
+def command(arguments: Sequence[str], program: Sequence[str] = ("flux-quant",)) -> str:
+    """The command of these arguments of a program, without where its output goes."""
+    kept, rest = [*program], iter(arguments)
     for argument in rest:
         name, joined, value = split(argument)
         if name in OUTPUT:
