@@ -71,21 +71,28 @@ def in_file_order(tensors: dict[str, Tensor]) -> list[str]:
 
 
 UNTIL = "FLUX_QUANT_TESTS_UNTIL"  # seconds since 1970: no test begins after it; for runs on a lent GPU
+FIRST = ("test_on_a_device.py", "test_streaming_cuda.py", "test_runtime.py", "test_text.py", "test_vae.py")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped without a CUDA device; those that launch kernels are marked `kernel`.
 
-    Where time is limited they come in an order that depends on their names only, so that some of each file are run.
+    Where time is limited those come first that tell most, whole parts of the program in few tests; the others in an
+    order that depends on their names only, so that some of each file are run.
     """
     if UNTIL in os.environ:
-        items.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        items.sort(key=telling)
     for item in items:
         if "kernel_device" in getattr(item, "fixturenames", ()):
             item.add_marker("kernel")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def telling(item: pytest.Item) -> tuple[int, bytes]:
+    name = item.path.name
+    return FIRST.index(name) if name in FIRST else len(FIRST), hashlib.sha256(item.nodeid.encode()).digest()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
