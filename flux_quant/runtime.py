@@ -26,7 +26,7 @@ from flux_quant.errors import UserError
 from flux_quant.kernels import fallback
 from flux_quant.linear import QuantLinear, repack_, set_compute_
 from flux_quant.lora import tensors_by_block, tensors_by_module
-from flux_quant.modulation import hoisted_modules, move_without_
+from flux_quant.modulation import hoisted_modules, move_without_, placed
 from flux_quant.planner import plan as planner
 from flux_quant.planner.doctor import Report, diagnose, machine_of
 from flux_quant.planner.footprint import CONTEXT, Model, Tensors, TextEncoder, Work
@@ -112,12 +112,13 @@ class Memory:
         if not isinstance(self.device, torch.device):
             yield
             return
-        share = (self.budget.nbytes - CONTEXT) / torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
+        device = placed(self.device)  # `cuda` alone will not do here
+        share = (self.budget.nbytes - CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
             torch.cuda.empty_cache()
 
     @property

@@ -18,9 +18,11 @@ Triton's kernels, interpreted, work on such tensors as they are; `FLUX_QUANT_DIS
 
 import ctypes
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from pretended_cuda_runtime import RUNTIME, Runtime, patched_torch
@@ -97,6 +99,7 @@ class Call:
         self.written: dict[str, Tensor] = {}  # by alias set of the schema
         self.grown: list[tuple[Tensor, Tensor]] = []
         arguments = op._schema.arguments
+        self.like = next((x.dtype for x in args if isinstance(x, Tensor)), torch.get_default_dtype())
         self.args = [self.enter(value, spec) for value, spec in zip(args, arguments, strict=False)]
         named = {spec.name: spec for spec in arguments}
         self.kwargs = {name: self.enter(value, named[name]) for name, value in kwargs.items()}
@@ -107,6 +110,9 @@ class Call:
             return self.enter_tensor(value, next(iter(alias.before_set)) if alias and alias.is_write else None, spec)
         if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
             return [item if item is None else self.enter_tensor(item, None, spec) for item in value]
+        if isinstance(value, int | float) and isinstance(spec.type, torch.TensorType):  # torch had made it a tensor
+            exact = self.like if isinstance(value, int) or self.like.is_floating_point else torch.get_default_dtype()
+            return torch.tensor(value, dtype=exact)
         if isinstance(value, torch.device):
             return CPU if value.type == "cuda" else value
         if isinstance(value, torch.Generator) and value.device.type != "cuda":
@@ -143,6 +149,8 @@ class Call:
                 new = sent(fresh)
                 x.set_(new.untyped_storage(), 0, new.size(), new.stride())
         returns = self.op._schema.returns
+        if not returns:  # _foreach_mul_ and its like
+            return None
         if len(returns) == 1:
             return self.leave(result, returns[0])
         return tuple(self.leave(value, spec) for value, spec in zip(result, returns, strict=True))
@@ -247,13 +255,13 @@ def overload(name: str) -> torch._ops.OpOverload:
 def kernels() -> Iterator[tuple[str, Callable]]:
     """Operator, what computes it: those that need saying, and all others where CUDA's own are in the way."""
     for name in () if BUILT else VIEWS:
-        yield name, lambda *args, _op=overload(name), **kwargs: _op.redispatch(CPU_KEY, *args, **kwargs)
+        yield name, partial(overload(name).redispatch, CPU_KEY)
     for name in REPLACED:
-        yield name, OWN.get(name) or (lambda *args, _op=overload(name), **kwargs: compute(_op, *args, **kwargs))
+        yield name, OWN.get(name) or partial(compute, overload(name))
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA") if BUILT else ():
         short = name.removeprefix("aten::")
-        if name.startswith("aten::") and short not in VIEWS and short not in REPLACED:
-            yield short, lambda *args, _op=overload(name), **kwargs: compute(_op, *args, **kwargs)
+        if name.startswith("aten::") and short not in (*VIEWS, *REPLACED):
+            yield short, partial(compute, overload(name))
 
 
 @contextmanager
@@ -279,6 +287,9 @@ def device_guard() -> Iterator[None]:
 @contextmanager
 def pretended_cuda(**properties: object) -> Iterator[Runtime]:
     """The device exists inside; `properties` are those of `pretended_cuda_runtime.Card` that differ."""
+    if torch.cuda.is_available():
+        raise RuntimeError("there is a CUDA device, real or pretended")
+    forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rest, ours = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -291,3 +302,14 @@ def pretended_cuda(**properties: object) -> Iterator[Runtime]:
             finally:
                 for library in (rest, ours):
                     library._destroy()
+                forget()
+
+
+def forget() -> None:
+    """What our modules remember of devices."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("flux_quant."):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", lambda: None)()
+    for name, table in (("fallback", "FAILED"), ("triton_path", "_scratch")):
+        getattr(sys.modules.get(f"flux_quant.kernels.{name}"), table, {}).clear()

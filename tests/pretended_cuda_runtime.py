@@ -312,12 +312,12 @@ def patched_torch(properties: dict[str, object]) -> Iterator[None]:
             **{name: getattr(graphs, name) for name in ("CUDAGraph", "graph", "is_current_stream_capturing")},
             "_cudart": Cudart,
             "_get_device_properties": lambda _: RUNTIME.card,
-            "_initialized": False,
+            "_initialized": True,  # torch asks for it once in a process
             "_queued_calls": [],
             "device_count": lambda: 1,
             "_exchange_device": lambda device: 0 if device >= 0 else -1,
             "_maybe_exchange_device": lambda device: 0 if device >= 0 else -1,
-            "default_generators": (),
+            "default_generators": (torch.Generator(),),  # random numbers come from the CPU's own
         }
         version = torch.version.cuda or "13.0"
         with (
