@@ -231,7 +231,10 @@ def diff(
     with console.progress() as report:
         found = checks.diff(a, b, report)
     console.print_report(found, json)
-    return 1 if console.differs(found) else 0
+    differ = console.differs(found)
+    if not json:
+        print("the files differ" if differ else "the same tensors and metadata")
+    return 1 if differ else 0
 
 
 @app.command()

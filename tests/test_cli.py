@@ -84,8 +84,11 @@ def test_verify_and_diff(model, tmp_path, capsys):
     assert main(["verify", str(a), "--against", str(model)]) == 0
     out, _ = capsys.readouterr()
     assert "FLUX.1 dev" in out and "92 checksums are right" in out and "45." in out and "no problems" in out
-    assert main(["diff", str(a), str(a)]) == 0 and "exact" in capsys.readouterr().out
-    assert main(["diff", str(a), str(b)]) == 1 and "q5_k" in capsys.readouterr().out
+    assert main(["diff", str(a), str(a)]) == 0
+    assert "exact" in (said := capsys.readouterr().out) and said.endswith("the same tensors and metadata\n")
+    assert main(["diff", str(a), str(b)]) == 1
+    assert "q5_k" in (said := capsys.readouterr().out) and said.endswith("the files differ\n")
+    assert main(["diff", str(a), str(b), "--json"]) == 1 and json.loads(capsys.readouterr().out)
     data = bytearray(a.read_bytes())
     data[-100] ^= 1
     a.write_bytes(data)

@@ -75,7 +75,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("plots need matplotlib: pip install 'flux_quant[report]', or ask for --no-plots") from None
+        raise UserError("plots need matplotlib: pip install matplotlib, or ask for --no-plots") from None
 
 
 def inline(plot: Plot) -> str:

@@ -67,7 +67,7 @@ def environment(**options: object) -> "Environment":
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
-        raise UserError("reports need Jinja2: pip install 'flux_quant[report]'") from None
+        raise UserError("reports need Jinja2: pip install Jinja2 matplotlib") from None
     loader = FileSystemLoader(TEMPLATES)
     return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
 
