@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 SURE = 2.0  # standard errors of a gain that counts
+LEAST_DB = 0.05  # what nobody sees is no gain, however sure
 TOLERATED = 1.0  # standard errors of a loss that does not count against a sure gain of the other kind
 
 
@@ -34,8 +35,9 @@ def errors_of(before: Outcome, after: Outcome) -> tuple[float, float]:
 def compare(before: Outcome, after: Outcome) -> dict[str, object]:
     """The figures of both sides, and whether the candidate is better: surely in one, in the other at least no worse."""
     right, db = errors_of(before, after)
+    nearer = db >= SURE and (after.db - before.db).double().mean().item() >= LEAST_DB
     finite = bool(after.db.isfinite().all())
-    better = finite and (right >= SURE and db > -TOLERATED or db >= SURE and right > -TOLERATED)
+    better = finite and (right >= SURE and db > -TOLERATED or nearer and right > -TOLERATED)
     return dict(
         pictures=[len(after.right), len(after.db)],
         before=before.figures(),
