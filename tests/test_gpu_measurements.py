@@ -1,11 +1,12 @@
 """The measurements of the GPU suite in time: what aims ask for first, the rest left out by name, nothing lost."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from flux_quant.benchmarks import aims, kernels, products8, step
+from flux_quant.benchmarks import aims, kernels, products8, step, streaming
 from flux_quant.benchmarks.journal import Journal
 
 CPU = torch.device("cpu")
@@ -98,3 +99,26 @@ def test_a_step_is_compared_as_soon_as_it_is_known(journal, monkeypatch):
     monkeypatch.setattr(step, "format_row", lambda name, *_: {"seconds": seconds[name]})
     step.measure(journal, ["bf16", "q8_0"], 64, CPU, small=True)
     assert [row["of_bf16"] for row in kept(journal)["rows"]] == [1.0, 1.5]
+
+
+def test_emulated_links_leave_time_to_the_other_formats(journal):
+    class Model:
+        name, small = "q8_0", False
+
+        @contextmanager
+        def opened(self):
+            yield {}
+
+        def modulation(self, vram):
+            return {}
+
+        def step(self, case):
+            return {"seconds": 1.0, "ratio": 1.0, "stall": 0.0, "format": "q8_0"}
+
+    journal.seconds = 3 * streaming.ONE_FORMAT
+    streaming.measure_format(journal, Model(), streaming.cases("q8_0", small=False), 3 * streaming.ONE_FORMAT)
+    steps = [row for row in kept(journal)["rows"] if row["what"] == "step"]
+    assert len(steps) == len(streaming.OWN_LINK) and not any("emulated_gb_per_s" in row for row in steps)
+    assert len(kept(journal)["skipped"]) == len(streaming.MANY_SLOW)
+    budgets = {(row["size"], row["vram"]) for row in steps}
+    assert {(size, f"{gb}GB") for size in (512, 1024) for gb in (4, 6, 8, 10, 12, 16)} < budgets, "as the aim has it"
