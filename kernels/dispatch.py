@@ -168,7 +168,8 @@ def run_input_gradient(grad: Tensor, fmt: QuantFormat, parts: Sequence[Tensor]) 
         from flux_quant.kernels import triton_path
 
         def run() -> Tensor:
-            return passes.input_gradient(flat, triton_path.pieces(fmt, parts, flat.dtype), k)
+            with passes.SCRATCH:
+                return passes.input_gradient(flat, triton_path.pieces(fmt, parts, flat.dtype), k)
 
         out = fallback.guarded(f"unpack {fmt.name} to {flat.dtype}", flat.device, run, by_codec)
     else:

@@ -6,6 +6,7 @@ layer runs in 16 bits: `product_for` gives the reason.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from flux_quant.codecs import int8 as int8_codec
 from flux_quant.codecs.rotation import group_for
 from flux_quant.formats import QuantFormat, Shape
-from flux_quant.kernels import fallback, fp8, int8_torch, tables
+from flux_quant.kernels import fallback, fp8, int8_torch, passes, tables
 from flux_quant.kernels.packed import row_slices, weight_shape
 
 TMA, TRITON, INT_MM = "tma", "triton", "int_mm"
@@ -89,9 +90,10 @@ def fp8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tenso
 def int8_linear(x: Tensor, fmt: QuantFormat, parts: Sequence[Tensor], bias: Tensor | None, how: Product) -> Tensor:
     codes, scale = quantized(x)
     outputs = []
-    for rows, weight, weight_scale in weights(fmt, parts):
-        some = None if bias is None else bias[rows]
-        outputs.append(product(codes, scale, weight, weight_scale, some, x.dtype, how))
+    with passes.SCRATCH if fmt.base and x.is_cuda else nullcontext():
+        for rows, weight, weight_scale in weights(fmt, parts):
+            some = None if bias is None else bias[rows]
+            outputs.append(product(codes, scale, weight, weight_scale, some, x.dtype, how))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

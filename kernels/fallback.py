@@ -8,7 +8,7 @@ the torch path when compiling or launching fails, says so once with the kernel's
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import TracebackType
@@ -21,6 +21,7 @@ T = TypeVar("T")
 SWITCH = "FLUX_QUANT_DISABLE_TRITON"  # set to 1: torch everywhere
 FAILED: dict[tuple[str, torch.device], str] = {}  # (kernel, device) -> error: filled by `guarded`
 OURS = (ValueError, TypeError)  # arguments that no card would take: never a reason to try another path
+REFUSED = ("CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_INVALID_VALUE")  # a product that cuBLAS has no kernel for
 
 
 def triton_for(device: torch.device, minimum: tuple[int, int] = (7, 0)) -> str | None:
@@ -50,7 +51,7 @@ def obstacle(device: torch.device, minimum: tuple[int, int]) -> str | None:
 
 
 def guarded(name: str, device: torch.device, run: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """run(), with `device` as the current one (Triton launches there), or otherwise() if Triton cannot do it.
+    """run(), with `device` as the current one (Triton launches there), or otherwise() if the card cannot do it.
 
     A failure to compile or launch is final for (name, device). Lack of memory is none, nor are wrong arguments. `run`
     must not have changed anything when it fails: one launch, or launches into buffers of its own.
@@ -59,10 +60,10 @@ def guarded(name: str, device: torch.device, run: Callable[[], T], otherwise: Ca
     if key in FAILED:
         return otherwise()
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with current(device):
             return run()
     except Exception as error:
-        if not is_tritons(error):
+        if not is_refusal(error):
             raise
         if "out of memory" in str(error):  # as the driver words it when a kernel is loaded into a full card
             raise torch.cuda.OutOfMemoryError(f"{name} on {device}: {error}") from error
@@ -72,9 +73,19 @@ def guarded(name: str, device: torch.device, run: Callable[[], T], otherwise: Ca
     return otherwise()
 
 
+def current(device: torch.device) -> AbstractContextManager:
+    """`device` as the current one if it is a CUDA device: Triton launches on the current one, whatever it is given."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def failures() -> dict[tuple[str, torch.device], str]:
     """(kernel, device) -> error of everything that `guarded` replaced by its torch path."""
     return dict(FAILED)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether another path is the answer: Triton or cuBLAS cannot do this here, and the card is as it was."""
+    return is_tritons(error) or any(status in str(error) for status in REFUSED)
 
 
 def is_tritons(error: Exception) -> bool:

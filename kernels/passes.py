@@ -5,6 +5,7 @@ Who unpacks is the caller's choice: `pieces` yields (rows, weight (n, K) in the 
 lie in a scratch that the next one overwrites.
 """
 
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from flux_quant.kernels.packed import Rows
 
 Pieces = Iterable[tuple[Rows, Tensor]]
+
+# Held from the launch that unpacks into a scratch to the launch that has read it: threads that share a stream share its
+# scratch, and the stream runs launches in the order in which they came.
+SCRATCH = threading.RLock()
 
 
 def multiply(x: Tensor, pieces: Pieces, outputs: int, bias: Tensor | None) -> Tensor:

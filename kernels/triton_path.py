@@ -18,6 +18,7 @@ from flux_quant.kernels.planes import LAYOUTS, Rows
 
 NATIVE_E4M3 = (8, 9)  # from this compute capability on the hardware converts FP8
 TENSOR_CORES = (8, 0)  # where Triton uses them from
+UNSOUND = 10  # major capability on which several tl.dot into one sum in a loop are wrong: triton-lang/triton#10821
 MOST_ROWS = 8  # of the vector kernel
 FP8 = "fp8"  # the layout of every FP8 format
 TILE_ROWS = 256  # slices are multiples of it: whole tiles of cuBLAS
@@ -42,8 +43,8 @@ def obstacle(fmt: QuantFormat, parts: Sequence[Tensor]) -> str | None:
     shape = weight_shape(fmt, parts)
     if not supported(fmt):
         return f"no kernel for {fmt.name}"
-    if prod(shape) >= dequant.MAX_OFFSET:
-        return f"{prod(shape)} weights are beyond the kernels' 32-bit offsets"
+    if max(prod(shape), parts[0].nbytes) >= dequant.MAX_OFFSET:  # Q8_0 has more bytes
+        return f"{prod(shape)} weights in {parts[0].nbytes} bytes are beyond the kernels' 32-bit offsets"
     if not all(part.is_contiguous() for part in parts):
         return "the weight is not contiguous"
     if parts[0].data_ptr() % alignment(fmt, shape[-1]):
@@ -72,7 +73,7 @@ def dequantize(fmt: QuantFormat, parts: Sequence[Tensor], out: Tensor, first_row
 
 
 def pieces(fmt: QuantFormat, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight (N, K) in `dtype`, for `passes`: each overwrites the one before."""
+    """Rows of a weight (N, K) in `dtype`, for `passes`: each overwrites the one before. Hold `passes.SCRATCH`."""
     n, k = weight_shape(fmt, parts)
     scratch = scratch_for(parts[0].device, dtype)
     for rows in row_slices((n, k), scratch.nbytes, dtype.itemsize, TILE_ROWS):
@@ -121,6 +122,8 @@ def refusal(
         return f"Triton has no tensor cores on sm_{capability[0]}{capability[1]}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"tensor cores take no {dtype}"
+    if capability[0] == UNSOUND and layout.planes > 1:
+        return f"Triton adds products up wrongly on sm_{capability[0]}{capability[1]}"
     return None if candidates(path, fmt, rows, shape, device) else "no tile of the fused kernel fits this card"
 
 
@@ -136,7 +139,8 @@ def run(
     """x (M, K), weight (N, K), bias (N) -> (M, N), by this path; `config` is a number from `candidates`."""
     n, k = weight_shape(fmt, parts)
     if path == tables.TWO_PASS:
-        return passes.multiply(x, pieces(fmt, parts, x.dtype), n, bias)
+        with passes.SCRATCH:
+            return passes.multiply(x, pieces(fmt, parts, x.dtype), n, bias)
     kernel, layout = kernel_of(path), layout_name(fmt)
     rows = Rows(layout, k, bool(fmt.native))
     scale = parts[1] if layout == FP8 and len(parts) > 1 else None

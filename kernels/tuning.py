@@ -41,7 +41,7 @@ def measure(fmt: QuantFormat, shape: tuple[int, int], copies: Copies, dtype: tor
         found[rows] = timed(
             options(fmt, rows, shape, x),
             lambda step, i, x=x: triton_path.run(step.path, x, fmt, copies[i], None, step.config),
-            len(copies),
+            copies,
             seconds,
         )
     return found
@@ -71,22 +71,23 @@ def measure_int8(shape: tuple[int, int], copies: Copies, dtype: torch.dtype, sec
             lambda step, i, x=x: eight_bit.linear(
                 x, INT8_ROWS, copies[i], None, eight_bit.Product(step.path, "", step.config)
             ),
-            len(copies),
+            copies,
             seconds,
         )
     return found
 
 
 def timed(
-    steps: Iterable[Step], run: Callable[[Step, int], object], copies: int, seconds: Seconds
+    steps: Iterable[Step], run: Callable[[Step, int], object], copies: Copies, seconds: Seconds
 ) -> dict[Step, float]:
-    """Seconds of each way that this card can go."""
+    """Seconds of each way that the card of these copies can go, whichever card is the current one."""
     times = {}
     for step in steps:
         try:
-            times[step] = seconds(partial(run, step), copies)
+            with fallback.current(copies[0][0].device):
+                times[step] = seconds(partial(run, step), len(copies))
         except Exception as error:  # a configuration that does not run here is no candidate
-            if not fallback.is_tritons(error):
+            if not fallback.is_refusal(error):
                 raise
     return times
 

@@ -109,10 +109,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def kernel_device() -> str:
-    """Where tests launch Triton's kernels: "cuda", or "cpu" in the interpreter. Skips without triton."""
+def kernel_device() -> Iterator[str]:
+    """Where tests launch Triton's kernels: "cuda", or "cpu" in the interpreter, where what they read and write is held
+    to the tensors that they are given. Skips without triton."""
     pytest.importorskip("triton")
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    from memory_check import checked
+
+    with checked():
+        yield "cpu"
 
 
 @pytest.fixture(scope="session")

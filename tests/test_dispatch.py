@@ -1,6 +1,8 @@
 """Which way a linear layer goes and why, what it refuses, and that every way gives the same."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -177,6 +179,51 @@ def test_tables_of_cards_nobody_measured(capability, limit):
     else:
         assert tables.step_for(steps, limit).path == tables.FUSED
         assert tables.step_for(steps, limit + 1).path == tables.TWO_PASS
+
+
+@pytest.mark.parametrize(("name", "planes"), {"q8_0": 1, "fp8": 1, "q4_k": 2, "q3_k": 4}.items(), ids=str)
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3), (12, 0)], ids=str)
+def test_products_that_triton_adds_up_wrongly_are_not_asked_for(capability, name, planes, monkeypatch):
+    """Triton 3.6 to 3.8 on sm_10x: a tl.dot per plane, into one sum within a loop (triton-lang/triton#10821)."""
+    triton_path = pytest.importorskip("flux_quant.kernels.triton_path")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    place = FORMATS[name], 64, (3072, 3072), torch.bfloat16, torch.device("cuda")
+    refusal = triton_path.refusal(tables.FUSED, *place)
+    assert (refusal is not None) == (capability[0] == 10 and planes > 1)
+    assert triton_path.refusal(tables.VECTOR, place[0], 2, *place[2:]) is None
+
+
+def test_bytes_count_for_32_bit_offsets_too():
+    """Q8_0 has more bytes than weights."""
+    triton_path = pytest.importorskip("flux_quant.kernels.triton_path")
+    for rows, fits in ((963, True), (964, False), (1023, False), (1024, False)):
+        weight = torch.empty(rows, (1 << 21) // 32 * 34, dtype=torch.uint8, device="meta")
+        assert (weight.nbytes < 2**31) == fits
+        assert (triton_path.obstacle(FORMATS["q8_0"], [weight]) is None) == fits
+
+
+def test_threads_of_one_stream_take_turns_with_its_scratch(monkeypatch):
+    """What a thread has unpacked is multiplied before another one unpacks into the same memory."""
+    triton_path = pytest.importorskip("flux_quant.kernels.triton_path")
+    scratch, found = torch.empty(N, K), {}
+
+    def pieces(fmt, parts, dtype):
+        for rows in (slice(0, 24), slice(24, N)):
+            scratch[rows] = parts[0].float()[rows]
+            time.sleep(0.02)
+            yield rows, scratch[rows]
+
+    def work(number: int) -> None:
+        weight = torch.full((N, K), float(number), dtype=torch.float16)
+        found[number] = triton_path.run(tables.TWO_PASS, torch.ones(3, K), FORMATS["f16"], [weight], None, None)
+
+    monkeypatch.setattr(triton_path, "pieces", pieces)
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {number: out.unique().tolist() for number, out in found.items()} == {n: [n * K] for n in (1, 2, 3)}
 
 
 def test_a_measured_table_is_kept_and_a_broken_one_ignored(tmp_path, monkeypatch):

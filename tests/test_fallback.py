@@ -173,3 +173,22 @@ def test_errors_of_real_kernels(tmp_path: Path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     raised = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("raised")]
     assert raised == [["CompilationError", "True"], ["CompilationError", "True"], ["PTXASError", "True"]], done.stderr
+
+
+@pytest.mark.parametrize("words", ["CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_INVALID_VALUE"])
+def test_a_product_that_cublas_refuses_is_replaced(words: str):
+    def run():
+        raise RuntimeError(f"CUDA error: {words} when calling cublasLtMatmul with transpose_mat1 1 m 8 n 17 k 16")
+
+    with pytest.warns(UserWarning, match="odd product does not run on cpu"):
+        assert fallback.guarded("odd product", CPU, run, lambda: "torch") == "torch"
+    assert words in fallback.failures()["odd product", CPU]
+
+
+@pytest.mark.parametrize("words", ["CUBLAS_STATUS_EXECUTION_FAILED", "an illegal memory access was encountered"])
+def test_a_broken_card_is_no_refusal(words: str):
+    def run():
+        raise RuntimeError(f"CUDA error: {words}")
+
+    with pytest.raises(RuntimeError, match=words):
+        fallback.guarded("product", CPU, run, lambda: "torch")

@@ -232,5 +232,8 @@ def test_on_the_device(way):
         w, w_scale = fp8.fp8_rows(FORMATS["bf16"], (weight,), way)
         y = fp8.fp8_linear(x, w, w_scale, bias, torch.bfloat16, way, quantizer=rows8.quantize_fp8)
         expected = fp8.emulate(*fp8.quantize(x, way), w, w_scale, bias, torch.float32)
-        assert relative(y, expected) < 0.006
+        # Hopper's tensor cores cut FP8 sums to 13 bits behind the point every 32 channels: 1.2 % of 15360 channels.
+        assert relative(y, expected) < 0.005 + 1e-6 * channels
+        exact = fp8.fp8_linear(x, w, w_scale, bias, torch.bfloat16, way, quantizer=rows8.quantize_fp8, fast=False)
+        assert relative(exact, expected) < 0.006
         assert relative(y, torch.nn.functional.linear(x.float(), weight.float(), bias.float())) < 0.05
