@@ -70,17 +70,16 @@ def test_nothing_of_a_session_names_a_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["x", "bench", "it", "-m", str(model), "-o", str(tmp_path / "out")])
 
     def fails() -> Row:
-        raise UserError(f"{model.parent.parent} has no room; {sys.executable} ended")
+        raise UserError(f"{model.parent.parent} has no room; /opt/ann/bin/python3 ended")
 
     suite = Suite("it", "", lambda asked: [Case({"n": 1}, fails)])
     ((run, path),) = session.Session(Asked(model=model), tmp_path / "out", 60.0).run([suite])
     text = path.read_text()
-    for folder in (str(tmp_path), "ann", str(Path(sys.executable).parent)):
-        assert folder not in text
+    assert str(tmp_path) not in text and "ann" not in text
     found = read_run(path)
     assert found.command == "flux-quant bench it -m flux.gguf" and found.weights["name"] == "flux.gguf"
     assert found.rows[0].rerun == "flux-quant bench it --model flux.gguf"
-    assert found.rows[0].note == f"UserError: {tmp_path.name} has no room; {Path(sys.executable).name} ended"
+    assert found.rows[0].note == f"UserError: {tmp_path.name} has no room; python3 ended"
 
 
 def test_results_of_scripts_lose_folders_too(tmp_path: Path):
