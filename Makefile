@@ -46,7 +46,7 @@ bench: $(STAMP) ## measure this machine in less than 15 minutes, write benchmark
 	$(BIN)/flux-quant bench --minutes $(MINUTES) --repeats 3 --output $(RESULTS) $(ARGS)
 	$(MAKE) report
 
-report: $(STAMP) ## make docs/report/ and the tables of README.md from benchmarks/results/
+report: $(STAMP) ## make docs/report/ and the tables of README.md and docs/ from benchmarks/results/
 	$(BIN)/flux-quant report $(RESULTS) docs/contact-sheet.png --force -o docs/report/report.html
 	$(BIN)/flux-quant report $(RESULTS) docs/contact-sheet.png --force -o docs/report/report.md
 	$(BIN)/python -I -m flux_quant.benchmarks.readme

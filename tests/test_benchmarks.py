@@ -88,6 +88,13 @@ def test_calls_and_parts_are_named():
         gpu.parts_of("test", dry=False)
 
 
+def test_no_file_with_tests_for_a_gpu_is_overlooked(request):
+    marked = {item.path for item in request.session.items if any(item.iter_markers("gpu"))}
+    marked |= {item.path for item in request.session.items if any(item.iter_markers("kernel"))}
+    assert marked <= set(gpu.test_files()), "as far as they are collected in this run"
+    assert Path(__file__).parent / "test_dequant.py" in gpu.test_files()
+
+
 def test_outcomes_of_one_day_stand_together(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "result_path", lambda suite: tmp_path / f"{suite}.json")
     written = {}
