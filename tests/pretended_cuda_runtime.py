@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import _device_constructors
 
 ALIGN = 512  # of the caching allocator
 DEVICE_TYPE = 1  # CUDA's number
@@ -304,6 +305,7 @@ def pin_memory(x: Tensor, device: torch.device | None = None) -> Tensor:
 @contextmanager
 def patched_torch(properties: dict[str, object]) -> Iterator[None]:
     """torch with a card whose properties these are, and as it was afterwards."""
+    _device_constructors()  # remembers the factories as they are: `with torch.device` asks for them
     RUNTIME.__init__(card=replace(Card(), **properties))
     with mock.patch.multiple(torch._C, create=True, **C_FUNCTIONS):
         streams, graphs = fresh_copy(torch.cuda.streams), fresh_copy(torch.cuda.graphs)
