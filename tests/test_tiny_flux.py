@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from figure_world import figure_world
 
 from flux_quant.benchmarks.tiny_flux.emoji import COLOUR_NAMES, POSITIONS, SIZE, EmojiWorld, Scene
 from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
@@ -11,17 +11,7 @@ from flux_quant.benchmarks.tiny_flux.judge import Request, nearest
 
 @pytest.fixture(scope="module")
 def world() -> EmojiWorld:
-    """Nine unsymmetric figures: a bar and a disc in varying colours and places."""
-    world = EmojiWorld.__new__(EmojiWorld)
-    world.names = [f"figure {i}" for i in range(9)]
-    world.bitmaps = []
-    for i in range(9):
-        bitmap = Image.new("RGBA", (136, 128))
-        draw = ImageDraw.Draw(bitmap)
-        draw.rectangle((10 + 8 * i, 20, 40 + 8 * i, 110), fill=(25 * i, 200 - 20 * i, 90, 255))
-        draw.ellipse((70, 5 + 7 * i, 120, 55 + 7 * i), fill=(200, 20 * i, 255 - 25 * i, 255))
-        world.bitmaps.append(bitmap)
-    return world
+    return figure_world(9)
 
 
 def test_scenes_are_what_they_say(world: EmojiWorld):

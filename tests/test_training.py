@@ -269,6 +269,14 @@ def test_what_cannot_begin_says_why(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_try_is_left_out_without_the_font(tmp_path, monkeypatch, capsys):
+    """The suite's dry run walks on."""
+    monkeypatch.setattr(improve, "watch", lambda seconds: None)
+    monkeypatch.setenv("FLUX_QUANT_EMOJI_FONT", str(tmp_path / "none.ttf"))
+    assert improve.main(["--small", "--out", str(tmp_path)]) == 0 and "none.ttf is missing" in capsys.readouterr().err
+    assert improve.main(["--out", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
+
+
 def test_a_part_that_fails_takes_no_other_with_it(capsys):
     def work() -> dict[str, object]:
         raise RuntimeError("no memory")

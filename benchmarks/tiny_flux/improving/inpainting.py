@@ -49,7 +49,7 @@ USUAL = 0.7  # share of guidance 3.5
 WITHOUT = 0.1  # share of empty captions
 MASKS_IN = 0.3  # of the whole time, at most, for pictures with masks
 OWN_ROWS = (("*embed*", "q8_0"), ("controlnet_blocks*", "q8_0"), ("*norm1*.linear*", "q5_k"))  # as the shipped net
-BITS = SIZE * SIZE // 8
+WRITING = 3.0  # seconds, the conversion among them
 
 
 def float_net(path: Path) -> ControlNet:
@@ -214,13 +214,14 @@ def improve_inpainting(shop: Workshop, deadline: Deadline) -> dict[str, object]:
     """A net below OUT, in both forms, and whether it is better than the shipped one beside the best model so far."""
     paintings = Paintings(shop)
     net = float_net(NET).to(shop.device)
-    shipped, without = paintings.outcome(net), paintings.outcome(None)
+    without, begin = paintings.outcome(None), deadline.spent
+    shipped = paintings.outcome(net)
     say(inpainting="shipped", **shipped.figures(), without=without.figures())
-    check = deadline.spent
+    check = 1.5 * (deadline.spent - begin)
     masked = Masked(shop, deadline.within(MASKS_IN * deadline.left))
     task = InpaintingTask(shop, net, masked)
     stepper = Stepper(task, task.learned(), shop.device)
-    course = learn(stepper, Rates(RATE), deadline.within(deadline.left - check - 3), shop.sizes.least)
+    course = learn(stepper, Rates(RATE), deadline.within(deadline.left - check - WRITING), shop.sizes.least)
     candidate = float_net(write(shop, task.average)).to(shop.device)
     found = compare(shipped, paintings.outcome(candidate))
     return found | dict(without=without.figures(), masked=len(masked)) | course.figures()

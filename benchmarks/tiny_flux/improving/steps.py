@@ -25,6 +25,7 @@ WAYS = ("compiled and recorded", "recorded", "plain")
 WARM_UP = 3  # steps before a recording: they fill caches and find the kernels
 CATCH_UP = 20  # steps after which the host waits for the device, so that the clock is right
 COMPILING = 0.35  # of a task's time, at most
+LEAST_COMPILING = 15.0  # seconds: with less the compiler is not begun
 MUON_RATE = 2.0  # in units of Adam's
 
 
@@ -127,6 +128,8 @@ class Stepper:
     def prepare(self, seconds: float, rate: float, ways: Sequence[str] = WAYS) -> str:
         """Find the way, in about so many seconds; the steps on the way are taken at that rate -> its name."""
         for way in ways if self.device.type == "cuda" else ("plain",):
+            if way.startswith("compiled") and seconds < LEAST_COMPILING:
+                continue
             try:
                 with interrupted_after(seconds if way.startswith("compiled") else math.inf):
                     self.set_up(way, rate)

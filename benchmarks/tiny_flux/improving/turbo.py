@@ -87,16 +87,21 @@ def shipped_student(flux: Flux) -> Student:
     return Student(flux, down, up)
 
 
+def called(flux: Flux, weights: dict[str, Tensor], given: tuple[Tensor, ...]) -> Tensor:
+    """The model with other weights; a function of ours, as the compiler does not begin with one of torch's."""
+    return functional_call(flux, weights, given)
+
+
 class TurboTask:
     """`part` is that of PARTS which is learned."""
 
     def __init__(self, shop: Workshop, student: Student, data: Trajectories, part: str) -> None:
         self.shop, self.student, self.data, self.part = shop, student, data, part
         self.sigmas = torch.tensor(levels(STEPS)).to(shop.device)
-        self.call: Callable[..., Tensor] = functional_call
+        self.call: Callable[..., Tensor] = called
 
     def compile_(self, on: bool) -> None:
-        self.call = torch.compile(functional_call, dynamic=False) if on else functional_call
+        self.call = torch.compile(called, dynamic=False) if on else called
 
     def loss(self) -> Tensor:
         weights, device = self.student.weights(), self.shop.device
@@ -159,9 +164,10 @@ class Bench:
 def improve_turbo(shop: Workshop, deadline: Deadline) -> dict[str, object]:
     """A LoRA below OUT, and whether it is better than the shipped one for the best model so far."""
     flux, bench = shop.bundle.flux, Bench(shop)
-    shipped, alone = bench.outcome(shipped_student(flux)), bench.outcome(None)
+    alone, begin = bench.outcome(None), deadline.spent
+    shipped = bench.outcome(shipped_student(flux))
     say(turbo="shipped", **shipped.figures(), without=alone.figures())
-    check = deadline.spent
+    check = 1.5 * (deadline.spent - begin)
     with products_in_tf32():
         data = teach(shop, deadline.within(TEACHING * deadline.left))
         student, courses = shipped_student(flux), {}
