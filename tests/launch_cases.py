@@ -77,9 +77,9 @@ def linear_cases() -> Iterator[Case]:
     for n in (1, 16, 17):
         for m in (1, 2, 40, 600):
             yield case(f"linear N{n} M{m}", partial(linear, IN_MEMORY["q8_0 planar"], m, (n, 96)), slow=m in (2, 40))
-    yield case(
-        "linear of a mapped file", unaligned_weight, "vector_kernel", "fused_kernel", "dequantize_blocks", slow=True
-    )
+    kernels = "vector_kernel", "fused_kernel", "dequantize_blocks"
+    yield case("linear in odd places", odd_places, *kernels)
+    yield case("linear of a mapped file", unaligned_weight, *kernels, slow=True)
     yield case("linear beyond int32", beyond_int32, "fused_kernel", "vector_kernel", slow=True)
     yield case("every number of rows", every_count, slow=True)
 
