@@ -34,6 +34,7 @@ class Case:
     run: Callable[[], object]
     kernels: frozenset[str]  # that must have been launched
     slow: bool = False
+    by_hand: bool = False  # half a minute each: no test
 
 
 def case(name: str, run: Callable[[], object], *kernels: str, slow: bool = False) -> Case:
@@ -150,7 +151,8 @@ def configs(fmt: QuantFormat) -> None:
 def config_cases() -> Iterator[Case]:
     for fmt in (*PACKED, INT8_ROWS):
         kernels = ("matmul_kernel", "persistent_kernel") if fmt is INT8_ROWS else ("fused_kernel", "vector_kernel")
-        yield case(f"tuner {fmt.name}", partial(configs, fmt), *kernels, slow=True)
+        by_hand = fmt.name not in ("q4_k", "q8_0 planar", "int8_rows")
+        yield Case(f"tuner {fmt.name}", partial(configs, fmt), frozenset(kernels), True, by_hand)
 
 
 def dequantize(fmt: QuantFormat) -> None:
@@ -288,7 +290,7 @@ def tuned_on_the_second_card() -> None:
     with mock.patch.object(tuning, "ROWS", (1, 16)):
         copies = [tuple(weight(fmt, (80, 96), cls=OnSecond))]
         times = tuning.measure(fmt, (80, 96), copies, BF16, lambda call, copies: call(0) is None or 1.0)
-    assert all(len(ways) >= 3 for ways in times.values()), times
+    assert len(times[1]) > 3 and len(times[16]) == (1 if torch.cuda.get_device_capability() < (8, 0) else 3), times
 
 
 def place_cases() -> Iterator[Case]:

@@ -54,7 +54,12 @@ def results(request: pytest.FixtureRequest) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for name, case in CASES.items()]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if case.slow else ())
+        for name, case in CASES.items()
+        if not case.by_hand
+    ],
 )
 def test_launch(name, results):
     assert not results[name]["errors"], "\n".join(results[name]["errors"])
