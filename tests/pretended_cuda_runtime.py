@@ -5,7 +5,6 @@ calls, for one card. What is not in the table is not there, and fails.
 """
 
 import importlib.util
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -330,9 +329,3 @@ def patched_torch(properties: dict[str, object]) -> Iterator[None]:
             mock.patch.multiple(torch.version, cuda=version),
         ):
             yield
-
-
-def capability_of(name: str) -> tuple[int, int]:
-    """`sm_89` -> (8, 9)."""
-    major, minor = re.fullmatch(r"sm_(\d+)(\d)", name).groups()
-    return int(major), int(minor)

@@ -29,7 +29,7 @@ REFUSED = {  # what meets a tensor (3, 4) of the device, what is said
     "gather": (lambda x: x.gather(0, IDS[None]), "same device"),
     "number into cat": (lambda x: torch.cat([x[0], HERE[0]]), "same device"),
     "attention": (lambda x: F.scaled_dot_product_attention(x[None], HERE[None], x[None]), "same device"),
-    "indexing the CPU": (lambda x: HERE[(x[0] > 0)[:3]], "indices should be"),
+    "indexing the CPU": (lambda x: HERE[(x[0] > 0)[:3]], "same device|indices should be"),
     "numpy": (lambda x: x.numpy(), "can't convert cuda:0"),
     "generator": (lambda x: torch.randn(3, device="cuda", generator=G), "generator"),
     "integers": (lambda x: x.int() @ x.int().t(), "not implemented"),

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from given_files import PROMPT, SIZE, control, write_files
 from pretended_cuda import pretended_cuda
 from pretended_cuda_runtime import Runtime
 from small_device import HalfMemory
@@ -33,6 +32,7 @@ from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux, load_t5
 from flux_quant.planner import doctor, rates
 from flux_quant.planner.gpus import find_gpu
+from given_files import PROMPT, SIZE, control, write_files
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
