@@ -57,12 +57,14 @@ CALLS: dict[str, dict[str, Part]] = {  # parts that measure until a time stop by
         "aims": AIMS,
     },
     "streaming": {
+        "compile_step": Part(COMPILE, 35, ("--only", "step", "--seconds", "30")),
         "streaming": Part("flux_quant.benchmarks.streaming", 350, ("--save", "--seconds", "325")),
-        "offloaders": Part("flux_quant.benchmarks.offloaders", 170, ("--save", "--seconds", "160")),
+        "side_paths": Part("flux_quant.benchmarks.side_paths", 60, ("--save", "--seconds", "52")),
         "aims": AIMS,
     },
-    "rest": {
-        "side_paths": Part("flux_quant.benchmarks.side_paths", 60, ("--save", "--seconds", "52")),
+    "peers": {
+        "offloaders": Part("flux_quant.benchmarks.offloaders", 205, ("--save", "--seconds", "190")),
+        "peers": Part("flux_quant.benchmarks.peers", 200, ("--save", "--seconds", "150")),
         "profiling": Part("flux_quant.benchmarks.profiling", 100, ("--save", "--seconds", "85")),
         "aims": AIMS,
     },

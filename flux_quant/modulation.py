@@ -123,7 +123,8 @@ def steering_vectors(
 
 def placed(device: torch.device | str) -> torch.device:
     """As tensors name it: `cuda` is cuda:0, or whichever is current."""
-    return torch.empty(0, device=device).device
+    device = torch.device(device)
+    return device if device.index is not None else torch.empty(0, device=device).device
 
 
 def together(call: Call) -> Call:

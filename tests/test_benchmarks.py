@@ -79,6 +79,12 @@ def test_parts_of_the_gpu_suite_fit_nine_minutes_and_exist(call):
     assert all(find_spec(part.module) for part in gpu.CALLS[call].values())
 
 
+@pytest.mark.parametrize("name", [name for name, part in gpu.PARTS.items() if "--seconds" in part.arguments])
+def test_parts_that_measure_until_a_time_stop_by_themselves_first(name):
+    part = gpu.PARTS[name]
+    assert int(part.arguments[-1]) < part.seconds and part.arguments[-2] == "--seconds"
+
+
 def test_calls_and_parts_are_named():
     first, *others = gpu.CALLS
     assert gpu.parts_of(None, dry=False) == list(gpu.CALLS[first])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_quant.benchmarks import aims, gpu, offloader_ways, offloaders, stage, streaming, text_and_vae
+from flux_quant.benchmarks import aims, offloader_ways, offloaders, stage, streaming, text_and_vae
 from flux_quant.benchmarks.journal import Journal
 from flux_quant.benchmarks.links import HostLink, Slower, Synchronous, rate_of
 from flux_quant.benchmarks.random_weights import DEV, DOUBLE, SINGLE
@@ -197,12 +197,6 @@ def test_the_file_for_gguf_readers_holds_the_model(tmp_path: Path, monkeypatch: 
     linears = [layer for layer in model.modules() if hasattr(layer, "in_features")]
     stored = sum(layer.in_features * layer.out_features for layer in linears)
     assert stored + sum(parameter.numel() for parameter in model.parameters()) == expected
-
-
-@pytest.mark.parametrize("name", ["streaming", "offloaders"])
-def test_parts_of_the_suite_stop_by_themselves_first(name):
-    part = gpu.CALLS["streaming"][name]
-    assert int(part.arguments[-1]) < part.seconds and "--save" in part.arguments
 
 
 def streaming_results(ratio: float, peak: int, ram: float, theirs: float) -> aims.Results:
