@@ -1,7 +1,7 @@
 """The GPU suite: everything that only a CUDA device can tell. One JSON per part in `benchmarks/results/`.
 
     python -I -m flux_quant.benchmarks.gpu                      # the call `kernels`
-    python -I -m flux_quant.benchmarks.gpu --only streaming     # another call, or parts: --only tests,kernels
+    python -I -m flux_quant.benchmarks.gpu --only streaming     # another call: peers, training; or parts: tests,aims
     python -I -m flux_quant.benchmarks.gpu --dry-run            # all calls on small sizes, on a CPU too; keeps nothing
 
 Each part is a process of its own with a limit in time, so that one that hangs or crashes costs only itself. A call is
@@ -67,6 +67,9 @@ CALLS: dict[str, dict[str, Part]] = {  # parts that measure until a time stop by
         "peers": Part("flux_quant.benchmarks.peers", 200, ("--save", "--seconds", "150")),
         "profiling": Part("flux_quant.benchmarks.profiling", 100, ("--save", "--seconds", "85")),
         "aims": AIMS,
+    },
+    "training": {
+        "training": Part("flux_quant.benchmarks.tiny_flux.improve", 530, ("--save", "--seconds", "510")),
     },
 }
 PARTS = {name: part for parts in CALLS.values() for name, part in parts.items()}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flux_quant.arch import BLOCK, KEY_MAP
 
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, on CPU tensors; read when it is imported
+CARD = torch.cuda.is_available()
+if not CARD:  # Triton's kernels run in its interpreter, on CPU tensors; read when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HIDDEN, HEAD, MLP, PATCH, CONTEXT, POOLED, TIME = 256, 128, 1024, 64, 96, 64, 256
@@ -86,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "kernel_device" in getattr(item, "fixturenames", ()):
             item.add_marker("kernel")
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not CARD:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -108,12 +109,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a card, tests that are not about it see none: what they expect is what a processor does."""
+    about_it = any(request.node.get_closest_marker(name) for name in ("gpu", "kernel"))
+    if CARD and not about_it:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the programs that they start
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> Iterator[str]:
     """Where tests launch Triton's kernels: "cuda", or "cpu" in the interpreter, where what they read and write is held
     to the tensors that they are given. Skips without triton."""
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
+    if CARD:
         yield "cuda"
         return
     from memory_check import checked
