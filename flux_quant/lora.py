@@ -95,9 +95,11 @@ class Applied:
     def detach(self) -> None:
         for layer, path in self.paths.values():
             layer.adapters.remove(path)
-        for layer, own, _ in self.weights:
-            layer.replace_parts(*own)
+        for layer, (fmt, parts), _ in self.weights:
+            device = layer.parts[0].device  # the model may have been moved since
+            layer.replace_parts(fmt, tuple(part.to(device) for part in parts))
         for exchange in self.exchanges:
+            exchange.own.data = exchange.own.data.to(getattr(exchange.module, exchange.name))
             setattr(exchange.module, exchange.name, exchange.own)
         if self.wide:
             self.model.config = self.own_config

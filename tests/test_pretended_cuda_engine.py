@@ -18,6 +18,7 @@ from test_frontends_generic import made, t5
 from test_lora_runtime import everywhere, saved
 
 import flux_quant
+import side_paths
 from flux_quant import model as engine
 from flux_quant import runtime as low_vram
 from flux_quant.components import BUNDLED, find_components
@@ -30,9 +31,11 @@ from flux_quant.kernels import dispatch, tables
 from flux_quant.kernels.fallback import SWITCH
 from flux_quant.linear import QuantLinear
 from flux_quant.loading import load_flux, load_t5
+from flux_quant.lora import apply_, remove_
 from flux_quant.planner import doctor, rates
 from flux_quant.planner.gpus import find_gpu
 from given_files import PROMPT, SIZE, control, write_files
+from lora_checks import HIDDEN, floats, random, reader, shapes_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
@@ -189,6 +192,35 @@ def test_doctor(card: Runtime, tmp_path: Path):
     assert set(report.gpu.flops) == {"fp16", "bf16", "int8", "fp8"}
     assert doctor.diagnose(tmp_path).gpu.total == report.gpu.total
     assert doctor.lines_of(report) and doctor.machine_of(report).usable == report.gpu.free
+
+
+LORAS = side_paths.KINDS | {  # the layer that is looked at, tensors of the file
+    "norm": (side_paths.QKV, {"lora_unet_double_blocks_0_img_attn_norm_key_norm.w_norm": random(128)}),
+}
+
+
+@pytest.mark.parametrize("form", ["bf16", "q4_0 planar", "q4_k as int8"])
+@torch.no_grad()
+def test_loras_go_and_leave_with_the_model(form: str, card: Runtime, tiny_flux: dict, tmp_path: Path):
+    """Put on before the model moves or after it, taken off where it is then."""
+    state = floats(tiny_flux)
+    read, model = reader(tmp_path, shapes_of(state)), side_paths.built(state, form)
+    for name, (module, tensors) in LORAS.items():
+        lora, layer = read(tensors), model.get_submodule(module)
+        x = random(2, 5, HIDDEN, seed=3)
+        plain = layer(x)
+        apply_(model, [(lora, 0.7)])
+        expected = layer(x)
+        model.cuda()
+        moved = layer(x.cuda())
+        remove_(model)
+        assert all(tensor.is_cuda for tensor in model.state_dict().values()), name
+        apply_(model, [(lora, 0.7)], dtype=torch.float32)
+        for found in (moved, layer(x.cuda())):
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-2 if "int8" in form else 1e-4, atol=1e-4)
+        model.cpu()
+        remove_(model)
+        assert torch.equal(layer(x), plain), name
 
 
 PATHS = {1: tables.VECTOR, 16: tables.FUSED, 600: tables.TWO_PASS}  # rows of input: where they go on a Hopper
