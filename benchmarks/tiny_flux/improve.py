@@ -73,6 +73,8 @@ def run(args: argparse.Namespace, begin: float) -> dict[str, object]:
     works = dict(decoder=improve_decoder, model=improve_model, turbo=improve_turbo, inpainting=improve_inpainting)
     deadline = Deadline(args.seconds - (time.monotonic() - begin))
     device, _ = choose_device(args.device)
+    if args.small:
+        torch.set_num_threads(1)  # more wait for each other where somebody else works
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)
     args.out.mkdir(parents=True, exist_ok=True)
