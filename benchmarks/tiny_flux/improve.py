@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, begin: float) -> dict[str, object]:
     for i, name in enumerate(chosen):
         share = PARTS[name] / sum(PARTS[later] for later in chosen[i:])
         here = deadline.within(share * (deadline.left - LAST))
-        print(f"--- {name}, {here.seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"--- {name}, {max(here.seconds, 0):.0f} s", file=sys.stderr, flush=True)
         figures["parts"][name] = attempted(lambda name=name, here=here: works[name](shop, here))
         figures["parts"][name]["seconds_in_all"] = round(here.spent, 1)
         print(f"--- {name}: {figures['parts'][name]['verdict']}", file=sys.stderr, flush=True)
