@@ -167,11 +167,13 @@ def test_pipelines_of_diffusers(card: Runtime):
 def test_text_encoders(card: Runtime):
     words = torch.arange(1, 8)[None]
     expected = load_t5(COMPONENTS.t5)(words)[0]
-    streamed = t5_for(COMPONENTS.t5, memory_of(half=False))
-    for ids in (words, words.cuda()):
-        found = streamed(ids)[0]
-        assert found.device == ids.device
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    for budget in ("6GB", "450MB"):  # it streams, or stays in RAM and works there
+        encoder, before = t5_for(COMPONENTS.t5, memory_of(half=False, vram=budget)).cuda(), card.total
+        for ids in (words, words.cuda()):
+            found = encoder(ids)[0]
+            assert found.device == ids.device and encoder.device.type == "cuda"
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+        assert (card.total - before > 1 << 20) == (budget == "6GB")
     for kind in ("t5", "clip"):
         encoder = flux_quant.load_text_encoder(getattr(COMPONENTS, kind), kind).cuda()
         assert encoder(words.cuda())[0].dtype == torch.bfloat16

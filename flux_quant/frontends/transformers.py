@@ -10,6 +10,7 @@ prompt is encoded.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,9 +38,9 @@ KINDS = {"t5": "T5 encoder", "clip": "CLIP-L"}
 
 
 class StreamedT5(nn.Module):
-    """What a T5EncoderModel does otherwise while its blocks stream."""
+    """What a T5EncoderModel does otherwise that stays in RAM, wherever it is moved."""
 
-    memory: Memory
+    memory: Memory | None  # where its blocks stream; None: it works on the processor
 
     @property
     def device(self) -> torch.device:
@@ -53,11 +54,11 @@ class StreamedT5(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: object) -> object:
         """As T5EncoderModel.forward, of ids. Results are where the ids are."""
-        place, home = self.memory.place, input_ids.device
+        place, home = self.memory.place if self.memory else torch.device("cpu"), input_ids.device
         vectors = self.shared(input_ids.cpu()).to(place)
         mask = None if attention_mask is None else attention_mask.to(place)
         try:
-            with placed(self, place, lambda blocks, _: self.memory.streaming(blocks)):
+            with placed(self, place, lambda blocks, _: self.memory.streaming(blocks)) if self.memory else nullcontext():
                 found = self.encoder(inputs_embeds=vectors, attention_mask=mask, **options)
         finally:
             self.encoder.final_layer_norm._apply(lambda tensor: tensor.cpu())
@@ -108,15 +109,14 @@ def load_text_encoder(
 
 
 def t5_for(path: str | Path, memory: Memory) -> "T5EncoderModel":
-    """Streamed, or an ordinary module if a plan for the budget leaves T5 on the processor."""
+    """Streamed, or on the processor if a plan for the budget leaves T5 there."""
     model, reader = open_t5(path, streamed_t5())
     encoder = TextEncoder.of({name: (info.shape, info.format) for name, info in reader.tensors.items()})
     phase = phases.text(encoder, Work(), memory.machine, memory.budget, memory.host)
     memory.log(phase.how)
-    if not phase.parts:
-        return load_t5(path)
-    prepare(model, memory.place, "16-bit", memory.host.pinned)
-    model.memory = memory
+    if phase.parts:
+        prepare(model, memory.place, "16-bit", memory.host.pinned)
+    model.memory = memory if phase.parts else None
     return model
 
 
