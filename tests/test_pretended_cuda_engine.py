@@ -24,6 +24,7 @@ from flux_quant import runtime as low_vram
 from flux_quant.components import BUNDLED, find_components
 from flux_quant.drawing.request import Request
 from flux_quant.drawing.schedules import SCHEDULES
+from flux_quant.errors import UserError
 from flux_quant.formats import FORMATS
 from flux_quant.frontends.transformers import t5_for
 from flux_quant.generation import choose_device, generate, previewer
@@ -162,6 +163,16 @@ def test_pipelines_of_diffusers(card: Runtime):
     expected = drawn(device="cpu")
     for how in ({}, {"vram": "4GB"}):
         assert np.abs(drawn(**how) - expected).mean() < 0.1
+
+
+def test_saved_transformers_are_read_to_a_device(card: Runtime, tmp_path: Path):
+    transformer = flux_quant.load(COMPONENTS.transformer, device="cuda")
+    transformer.to("cuda").save_pretrained(tmp_path)
+    for where in ("cuda", torch.device("cuda", 0), {"": "cuda:0"}, "auto"):
+        found = type(transformer).from_pretrained(tmp_path, device_map=where).state_dict()
+        assert all(found[name].is_cuda and found[name].equal(x) for name, x in transformer.state_dict().items())
+    with pytest.raises(UserError, match="as a whole"):
+        type(transformer).from_pretrained(tmp_path, device_map={"single_blocks": "cuda", "double_blocks": "cpu"})
 
 
 def test_text_encoders(card: Runtime):

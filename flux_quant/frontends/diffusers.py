@@ -14,7 +14,7 @@ known or the timesteps are those of the picture before, and kept for the next pi
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import inf
@@ -206,10 +206,19 @@ class EngineTransformer(LoraMethods, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, subfolder: str | None = None, torch_dtype: torch.dtype | None = None, **_: object
+        cls,
+        path: str | Path,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        **_: object,
     ) -> "EngineTransformer":
-        """What `save_pretrained` wrote; called by `DiffusionPipeline.from_pretrained`."""
-        return load(Path(path, subfolder or ""), dtype=torch_dtype)
+        """What `save_pretrained` wrote; called by `DiffusionPipeline.from_pretrained`. device_map: one device."""
+        transformer = load(Path(path, subfolder or ""), dtype=torch_dtype)
+        place = device_map.get("") if isinstance(device_map, Mapping) else device_map
+        if device_map is not None and place is None:
+            raise UserError("this transformer goes to one device as a whole: device_map='cuda'; or load it with vram=")
+        return transformer if place is None else transformer.to(choose_device(place)[0])
 
 
 @cache
