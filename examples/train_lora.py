@@ -1,4 +1,4 @@
-"""Trains a LoRA on packed weights, on the CPU, in minutes: the bundled model learns to draw cyanotypes.
+"""Trains a LoRA on packed weights, on a CPU in minutes: the bundled model learns to draw cyanotypes.
 
     python examples/train_lora.py --format q8_0 --out build/cyanotype
     flux-quant generate -m flux_quant/tiny_flux -p "large owl" -o owl.png \\
@@ -8,7 +8,8 @@ The model is converted to the format and stays packed; gradients pass through it
 trained. The pictures to learn from are the model's own, recoloured: one scale from deep blue to white. Prompts of the
 test are not among those of the training. Writes the LoRA in kohya's and in diffusers' form, a sheet of pictures
 (without, with, wanted), and prints how far from the wanted pictures those without and with it are; `--save` keeps that
-in benchmarks/results/, beside what other formats had on the same day.
+in benchmarks/results/, beside what other formats had on the same day. With `--device cuda` everything but the text
+encoders runs there; random numbers stay those of the CPU.
 """
 
 import argparse
@@ -37,9 +38,9 @@ from flux_quant.drawing import vae
 from flux_quant.drawing.pictures import to_images
 from flux_quant.drawing.request import Request
 from flux_quant.drawing.sampling import denoise
-from flux_quant.generation import encode, make_drawing
+from flux_quant.generation import choose_device, encode, make_drawing, placed_vae
 from flux_quant.linear import QuantLinear
-from flux_quant.loading import load_flux, load_vae
+from flux_quant.loading import load_flux
 from flux_quant.lora import Applied, apply_, remove_, shapes_in
 from flux_quant.model import Flux, image_ids, pack_latents, text_ids, unpack_latents
 
@@ -65,8 +66,10 @@ class Data:
 
 def cyanotype(pictures: Tensor) -> Tensor:
     """(n, 3, h, w) in 0-1, as tones from deep blue to white."""
-    light = (pictures * torch.tensor([0.3, 0.59, 0.11]).view(3, 1, 1)).sum(1, keepdim=True)
-    low, high = (torch.tensor(colour).view(3, 1, 1) for colour in (DARK, LIGHT))
+    weights, low, high = (
+        torch.tensor(colour, device=pictures.device).view(3, 1, 1) for colour in ((0.3, 0.59, 0.11), DARK, LIGHT)
+    )
+    light = (pictures * weights).sum(1, keepdim=True)
     return low + light * (high - low)
 
 
@@ -84,16 +87,18 @@ def requests_for(names: tuple[str, ...], count: int, steps: int) -> list[Request
 @torch.no_grad()
 def draw(model: Flux, components: Components, requests: list[Request]) -> tuple[Tensor, Tensor]:
     """(latents, pictures)"""
-    drawing = make_drawing(requests, model.config, encode(components, requests, model.config.guidance))
+    device = model.img_in.bias.device
+    drawing = make_drawing(requests, model.config, encode(components, requests, model.config.guidance), device)
     latents = unpack_latents(denoise(model, drawing), *GRID)
-    return latents, vae.decode(load_vae(components.vae), latents)
+    return latents, vae.decode(placed_vae(components.vae, device, torch.float32), latents)
 
 
 def make_data(model: Flux, components: Components, requests: list[Request]) -> Data:
     features = encode(components, requests, model.config.guidance)
     _, pictures = draw(model, components, requests)
-    latents = vae.encode(load_vae(components.vae), cyanotype(pictures))
-    return Data(pack_latents(latents), features.txt, features.pooled)
+    device = model.img_in.bias.device
+    latents = vae.encode(placed_vae(components.vae, device, torch.float32), cyanotype(pictures))
+    return Data(*(tensor.to(device) for tensor in (pack_latents(latents), features.txt, features.pooled)))
 
 
 def fresh(model: Flux, rank: int) -> Lora:
@@ -109,7 +114,7 @@ def fresh(model: Flux, rank: int) -> Lora:
 
 
 def factors_of(applied: Applied) -> dict[str, Factors]:
-    return {name: Factors(path.down, path.ups[0].weight) for name, (_, path) in applied.paths.items()}
+    return {name: Factors(path.down.cpu(), path.ups[0].weight.cpu()) for name, (_, path) in applied.paths.items()}
 
 
 def train(
@@ -121,15 +126,17 @@ def train(
     parameters = [tensor.requires_grad_() for _, path in applied.paths.values() for tensor in path.tensors]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    ids = dict(img_ids=image_ids(*GRID), txt_ids=text_ids(data.txt.shape[1]))
+    device = data.latents.device
+    ids = dict(img_ids=image_ids(*GRID, device=device), txt_ids=text_ids(data.txt.shape[1], device))
+    guidance = torch.full((batch,), GUIDANCE, device=device)
     losses = []
     for _ in range(steps):
         chosen = torch.randint(len(data.latents), (batch,))
-        clean, noise = data.latents[chosen], torch.randn(batch, *data.latents.shape[1:])
-        t = torch.sigmoid(torch.randn(batch) + 0.8)
+        clean, noise = data.latents[chosen], torch.randn(batch, *data.latents.shape[1:]).to(device)
+        t = torch.sigmoid(torch.randn(batch) + 0.8).to(device)
         noisy = torch.lerp(clean, noise, t[:, None, None])
         given = (noisy, data.txt[chosen].float(), data.pooled[chosen], t)
-        loss = (model(*given, **ids, guidance=torch.full((batch,), GUIDANCE)) - (noise - clean)).square().mean()
+        loss = (model(*given, **ids, guidance=guidance) - (noise - clean)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -181,13 +188,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=84)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
+    device, _ = choose_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     components, begin = find_components(BUNDLED), time.perf_counter()
     packed = options.out / f"base-{options.format}.gguf"
     run(make_plan(Conversion(components.transformer, packed, options.format, force=True)))
-    model = load_flux(packed)
+    model = load_flux(packed).to(device)
     data = make_data(model, components, requests_for(NAMES, options.pictures, 12))
     tests = requests_for(TESTED, 2 * len(TESTED), 12)
     plain = draw(model, components, tests)[1]
@@ -210,6 +219,7 @@ def main() -> None:
     sheet([plain, learned, wanted], options.out / f"cyanotype-{options.format}.png")
     if options.save:
         what = {name: getattr(options, name) for name in ("format", "rank", "steps", "pictures", "batch")}
+        what |= {} if device.type == "cpu" else {"device": str(device)}
         samples = {
             "seconds": [time.perf_counter() - begin],
             "drawing_seconds": [drawn],

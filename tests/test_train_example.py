@@ -56,6 +56,19 @@ def test_a_few_steps(example, tmp_path, form):
     assert all(example.distance(pictures, learned) < 0.1 * seen for pictures in loaded), "but for bf16 factors"
 
 
+@pytest.mark.gpu
+def test_steps_on_a_device(example):
+    """Of the same random numbers, with the same losses."""
+    components, losses = find_components(BUNDLED), []
+    for device in ("cpu", "cuda"):
+        model = load_flux(components.transformer).to(device)
+        data = example.make_data(model, components, example.requests_for(example.NAMES, 3, 2))
+        applied, seen = example.train(model, data, 4, 2, 3, rate=1e-2)
+        assert all(tensor.device.type == device for _, path in applied.paths.values() for tensor in path.tensors)
+        losses.append(torch.tensor(seen))
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
+
+
 def test_colours(example):
     black, white = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
     for pictures, colour in ((black, example.DARK), (white, example.LIGHT)):
