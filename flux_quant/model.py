@@ -21,7 +21,11 @@ from flux_quant.kernels import fused
 TIME_CHANNELS = 256
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what they attend to, all of them (B, H, L, C)
-ATTENTION: Attention = F.scaled_dot_product_attention
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Looked up at every call: people put a faster one in torch's place."""
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Modulation(NamedTuple):
@@ -160,7 +164,7 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{stream}_mlp", mlp)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = ATTENTION
+        self, img: Tensor, txt: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = torch_attention
     ) -> tuple[Tensor, Tensor]:
         """img (B, S, D), txt (B, T, D), vec (B, D) or its rows -> img, txt."""
         img_mod, img_mod2 = self.img_mod(vec)
@@ -184,7 +188,9 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(config.hidden + config.mlp, config.hidden)  # columns attention | mlp
         self.norm = QKNorm(config.head_dim)
 
-    def forward(self, x: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = ATTENTION) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Steering, cos: Tensor, sin: Tensor, attention: Attention = torch_attention
+    ) -> Tensor:
         """x (B, L, D), vec (B, D) or its rows -> (B, L, D)."""
         (mod,) = self.modulation(vec)
         wide = self.linear1(modulate(x, mod))
@@ -240,7 +246,7 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         steering: Steering | None = None,
         residuals: Residuals = NO_RESIDUALS,
-        attention: Attention = ATTENTION,
+        attention: Attention = torch_attention,
     ) -> Tensor:
         """The velocity, (B, S, channels out).
 

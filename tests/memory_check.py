@@ -52,7 +52,7 @@ def checked() -> Iterator[None]:
     from triton.runtime import interpreter
 
     builder, executor, extents = interpreter.InterpreterBuilder, interpreter.GridExecutor, []
-    load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    load, store, prepare = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
 
     def size_of(pointers: "interpreter.TensorHandle") -> int:
         return max(8, pointers.get_element_ty().primitive_bitwidth) // 8
@@ -65,17 +65,15 @@ def checked() -> Iterator[None]:
         check(extents, "store", pointers.data, mask.data, size_of(pointers))
         return store(self, pointers, value, mask, *rest, **options)
 
-    def checked_launch(self, *arguments, **options):
-        before = extents[:]
-        extents[:] = [extent(tensor) for tensor in tensors_in((*arguments, *options.values()))]
-        try:
-            return launch(self, *arguments, **options)
-        finally:
-            extents[:] = before
+    def checked_arguments(self, *arguments):
+        """Tensors of a device are copied to the host for a launch: the copies count."""
+        on_host, options = prepare(self, *arguments)
+        extents[:] = [extent(tensor) for tensor in tensors_in((*on_host, *options.values()))]
+        return on_host, options
 
     with (
         mock.patch.object(builder, "create_masked_load", checked_load),
         mock.patch.object(builder, "create_masked_store", checked_store),
-        mock.patch.object(executor, "__call__", checked_launch),
+        mock.patch.object(executor, "_init_args_hst", checked_arguments),
     ):
         yield

@@ -270,7 +270,7 @@ def test_disk_fills_up(model, tmp_path, start):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import flux_quant.converters.convert as convert
 from flux_quant.cli import main
 
@@ -278,6 +278,7 @@ def check(*_):
     print("middle", flush=True)
     time.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from programs in the background
 convert.{function} = check
 sys.exit(main(sys.argv[1:]))
 """

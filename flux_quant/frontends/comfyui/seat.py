@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_quant.converters.lora_records import Lora
 from flux_quant.errors import UserError
 from flux_quant.lora import apply_, makes_outputs
-from flux_quant.model import ATTENTION, Attention, Flux, Residuals
+from flux_quant.model import Attention, Flux, Residuals, torch_attention
 from flux_quant.modulation import Call, HoistedModulation
 from flux_quant.planner import plan as planner
 from flux_quant.planner.doctor import diagnose, machine_of
@@ -179,7 +179,7 @@ class Seat:
         ids: tuple[Tensor, Tensor],
         residuals: Residuals,
         ahead: Callable[[], list[Call]],
-        attention: Attention = ATTENTION,
+        attention: Attention = torch_attention,
     ) -> Tensor:
         """One pass: img (B, S, C), txt (B, T, context), ids (S, 3) and (T, 3) -> (B, S, C out). With a smaller plan
         again if memory runs out."""

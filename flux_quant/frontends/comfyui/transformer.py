@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flux_quant.errors import UserError
 from flux_quant.frontends.comfyui.places import GRID, reference_places, token_ids
 from flux_quant.frontends.comfyui.seat import Seat
-from flux_quant.model import ATTENTION, Attention, Residuals, pack_latents, text_ids, unpack_latents
+from flux_quant.model import Attention, Residuals, pack_latents, text_ids, torch_attention, unpack_latents
 from flux_quant.modulation import Call
 
 OVERRIDE = "optimized_attention_override"  # looked up by ComfyUI's `wrap_attn`, around each of its attentions
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
     def attention(self, options: Mapping[str, Any]) -> Attention:
         """The one that a node has chosen, called as by ComfyUI's own FLUX model; the engine's own without one."""
         if OVERRIDE not in options:
-            return ATTENTION
+            return torch_attention
 
         def chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """(B, H, L, C) each; ComfyUI gives (B, L, H C)."""
