@@ -11,6 +11,8 @@ ARGS ?=
 # What `make bench` may take, less what the report needs; where results are kept.
 MINUTES ?= 13
 RESULTS = benchmarks/results
+# How `make test` divides the tests: a file goes to one process, at most four of them, which is 6 GB.
+PARALLEL ?= $(if $(PREINSTALLED),,-n auto --maxprocesses 4 --dist loadfile)
 # Not empty: use the packages of $(PYTHON) as they are and install flux_quant alone, for an image without a network.
 PREINSTALLED ?=
 
@@ -32,7 +34,7 @@ demo: $(STAMP) ## convert the bundled model to four formats, draw with each, wri
 	$(BIN)/flux-quant demo $(ARGS)
 
 test: $(STAMP) triton ## run the tests; those that need a GPU are skipped without one
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 check: $(STAMP) ## lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -73,7 +73,15 @@ setup(
         "triton": ["triton>=3.6; platform_system == 'Linux'", "triton-windows>=3.6; platform_system == 'Windows'"],
         "train": ["fonttools>=4.50"],
         "report": ["Jinja2>=3.1", "matplotlib>=3.8"],
-        "dev": ["libgguf>=0.2.2", "Jinja2>=3.1", "matplotlib>=3.8", "pytest>=8", "ruff>=0.12", "scikit-image>=0.25"],
+        "dev": [
+            "libgguf>=0.2.2",
+            "Jinja2>=3.1",
+            "matplotlib>=3.8",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "scikit-image>=0.25",
+        ],
     },
     entry_points={"console_scripts": ["flux-quant = flux_quant.cli:main"]},
 )
