@@ -25,6 +25,7 @@ LAYERS = (
     {"kernels", "streaming"},
     {"adapters"},
     {"linear", "converters"},
+    {"side_paths"},
     {"lora", "model", "embedding"},
     {"modulation"},
     {"controlnet"},
