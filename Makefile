@@ -11,7 +11,8 @@ ARGS ?=
 # What `make bench` may take, less what the report needs; where results are kept.
 MINUTES ?= 13
 RESULTS = benchmarks/results
-# How `make test` divides the tests: a file goes to one process, at most four of them, which is 6 GB.
+# How `make test` divides the tests: a file goes to one process, at most four of them, which is 6 GB. Each has one thread:
+# several with threads for all cores wait for each other many times as long as they work.
 PARALLEL ?= $(if $(PREINSTALLED),,-n auto --maxprocesses 4 --dist loadfile)
 # Not empty: use the packages of $(PYTHON) as they are and install flux_quant alone, for an image without a network.
 PREINSTALLED ?=
@@ -34,7 +35,7 @@ demo: $(STAMP) ## convert the bundled model to four formats, draw with each, wri
 	$(BIN)/flux-quant demo $(ARGS)
 
 test: $(STAMP) triton ## run the tests; those that need a GPU are skipped without one
-	$(BIN)/pytest $(PARALLEL) $(ARGS)
+	$(if $(PARALLEL),OMP_NUM_THREADS=1) $(BIN)/pytest $(PARALLEL) $(ARGS)
 
 check: $(STAMP) ## lint and format, changing nothing
 	$(BIN)/ruff check .

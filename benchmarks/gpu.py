@@ -80,12 +80,13 @@ def run_tests() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-m", "gpu or kernel", "--import-mode=importlib", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        settings = {UNTIL: str(time.time() + PARTS["tests"].seconds - LAST_TEST)}
         if find_spec("xdist") is not None:
             options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+            settings["OMP_NUM_THREADS"] = "1"  # so many processes with threads for all cores would wait for each other
         start = time.monotonic()
-        until = {UNTIL: str(time.time() + PARTS["tests"].seconds - LAST_TEST)}
         command = [sys.executable, "-I", "-m", "pytest", "-q", *map(str, test_files()), *options]
-        done = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **until})
+        done = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **settings})
         seconds = time.monotonic() - start
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     outcomes = {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
