@@ -13,7 +13,7 @@ MINUTES ?= 13
 RESULTS = benchmarks/results
 # How `make test` divides the tests: a file goes to one process, at most four of them, which is 6 GB. Each has one thread:
 # several with threads for all cores wait for each other many times as long as they work.
-PARALLEL ?= $(if $(PREINSTALLED),,-n auto --maxprocesses 4 --dist loadfile)
+PARALLEL ?= $(if $(PREINSTALLED),,-n logical --maxprocesses 4 --dist loadfile)
 # Not empty: use the packages of $(PYTHON) as they are and install flux_quant alone, for an image without a network.
 PREINSTALLED ?=
 
